@@ -1,0 +1,361 @@
+"""The data sets: one function each, from the official source to tensors (train, validation, test).
+
+    python -c "import data; print(data.mnist('data')['train'][0].shape)"      # downloads on first use
+
+Every function takes the data folder and demo (True: generate a few hundred examples in the data set's own file format
+under <folder>/demo and read those instead), and returns {"train": ..., "validation": ..., "test": ...}. Validation is
+carved out of the official training part with a fixed seed; the test part is the official one, whole. Tensors are on
+the CPU, whole and small (uint8, int16): the scripts move them to the device once and cut batches there.
+"""
+import csv
+import gzip
+import hashlib
+import math
+import os
+import pickle
+import random
+import re
+import sys
+import wave
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
+SPEECH_VERSION = "speech_commands_v0.02"
+SPEECH_RATE = 16000  # samples a second
+
+
+def save_cache(path, **arrays):
+    """Write aside, then rename: a run that is killed here leaves no half-written cache."""
+    aside = path.with_suffix(".tmp.npz")
+    np.savez(aside, **arrays)
+    os.replace(aside, path)
+
+
+def hold_out(x, y, size):
+    """Split off `size` random examples, the same ones every time. Returns (train x, y), (validation x, y)."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return (x[order[size:]], y[order[size:]]), (x[order[:size]], y[order[:size]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIFAR-10
+# ---------------------------------------------------------------------------------------------------------------------
+def cifar10(folder, demo=False):
+    """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB, md5-checked by torchvision.
+
+    Each split is (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9); 45,000 / 5,000 / 10,000 images.
+    """
+    folder = Path(folder) / "demo" if demo else Path(folder)
+    cache = folder / "cifar10.npz"
+    if not cache.exists():
+        from torchvision.datasets import CIFAR10
+
+        if demo:
+            demo_cifar10(folder)
+            CIFAR10 = type("DemoCIFAR10", (CIFAR10,), {  # generated files have no official md5
+                "train_list": [(name, None) for name, _ in CIFAR10.train_list],
+                "test_list": [(name, None) for name, _ in CIFAR10.test_list],
+                "meta": CIFAR10.meta | {"md5": None},
+            })
+        train, test = (CIFAR10(folder, train=part, download=not demo) for part in (True, False))
+        save_cache(cache, train_x=train.data, train_y=np.uint8(train.targets), test_x=test.data, test_y=np.uint8(test.targets))
+    arrays = np.load(cache)
+    x, y, test_x, test_y = (torch.from_numpy(arrays[name]) for name in ("train_x", "train_y", "test_x", "test_y"))
+    train, validation = hold_out(x, y.long(), len(x) // 10)
+    return {"train": train, "validation": validation, "test": (test_x, test_y.long())}
+
+
+def demo_cifar10(folder):
+    """300 training and 100 test images: five shapes, dark on light or light on dark, make ten classes."""
+    from PIL import Image, ImageDraw
+
+    rng = random.Random(0)
+
+    def draw(label):
+        low, high = [rng.randrange(80) for _ in "rgb"], [rng.randrange(170, 256) for _ in "rgb"]
+        ground, ink = (tuple(low), tuple(high)) if label % 2 else (tuple(high), tuple(low))
+        image = Image.new("RGB", (32, 32), ground)
+        pen = ImageDraw.Draw(image)
+        x, y, r = rng.randint(13, 18), rng.randint(13, 18), rng.randint(9, 12)
+        shape = label // 2
+        if shape == 0:
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+        elif shape == 1:
+            pen.rectangle((x - r, y - 3, x + r, y + 3), fill=ink)
+        elif shape == 2:
+            pen.rectangle((x - 3, y - r, x + 3, y + r), fill=ink)
+        elif shape == 3:
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=3)
+        else:
+            pen.line((x - r, y - r, x + r, y + r), fill=ink, width=4)
+        return np.asarray(image).transpose(2, 0, 1).ravel()
+
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir(parents=True, exist_ok=True)
+    for name, size in [(f"data_batch_{i}", 60) for i in range(1, 6)] + [("test_batch", 100)]:
+        labels = [rng.randrange(10) for _ in range(size)]
+        (batches / name).write_bytes(pickle.dumps({"data": np.stack([draw(label) for label in labels]), "labels": labels}))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"shape {i}" for i in range(10)]}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MNIST
+# ---------------------------------------------------------------------------------------------------------------------
+def mnist(folder, demo=False):
+    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, from torchvision's mirrors, 12 MB, md5-checked.
+
+    Each split is (images uint8 [n, 28, 28], labels int64 [n] in 0..9); 55,000 / 5,000 / 10,000 digits.
+    """
+    from torchvision.datasets import MNIST
+
+    folder = Path(folder) / "demo" if demo else Path(folder)
+    if demo:
+        demo_mnist(folder)
+    train, test = (MNIST(folder, train=part, download=not demo) for part in (True, False))
+    train, validation = hold_out(train.data, train.targets, len(train.data) // 12)
+    return {"train": train, "validation": validation, "test": (test.data, test.targets)}
+
+
+def sum_indices(size, n):
+    """Which digits the fixed examples of an n-digit sum are made of: int64 [size, n]. Every digit serves n times in
+    all, and for n = 1 the examples are the digits themselves."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.arange(size)] + [torch.randperm(size, generator=generator) for _ in range(n - 1)], 1)
+
+
+def demo_mnist(folder):
+    """600 training and 200 test digits, drawn with a font at random places, sizes and angles, as IDX files."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng = random.Random(0)
+
+    def draw(digit):
+        image = Image.new("L", (28, 28))
+        pen = ImageDraw.Draw(image)
+        place = rng.uniform(12, 16), rng.uniform(12, 16)
+        pen.text(place, str(digit), fill=255, font=ImageFont.load_default(rng.uniform(20, 24)), anchor="mm")
+        return np.asarray(image.rotate(rng.uniform(-12, 12)))
+
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, size in ("train", 600), ("t10k", 200):
+        labels = np.array([rng.randrange(10) for _ in range(size)], np.uint8)
+        images = np.stack([draw(label) for label in labels])
+        for kind, array in (f"images-idx3", images), (f"labels-idx1", labels):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speech Commands
+# ---------------------------------------------------------------------------------------------------------------------
+def speech_commands(folder, demo=False):
+    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, sha256-checked by torchaudio.
+
+    Each split is (waves int16 [n, 16000], one second at 16 kHz, shorter clips padded with silence at the end; labels
+    int64 [n]), and "classes" is the sorted list of the words, which are the folders present: 35 in the full set.
+    Splits are the official lists; 84,843 / 9,981 / 11,005 clips in the full set.
+    """
+    from torchaudio.datasets import SPEECHCOMMANDS
+
+    folder = Path(folder) / "demo" if demo else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if demo:
+        demo_speech(folder)
+    lists = {"train": "training", "validation": "validation", "test": "testing"}
+    sets = {split: SPEECHCOMMANDS(folder, SPEECH_VERSION, download=not demo, subset=name) for split, name in lists.items()}
+    root = folder / "SpeechCommands" / SPEECH_VERSION
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    clips = []  # (split, file, word)
+    for split, subset in sets.items():
+        for i in range(len(subset)):
+            name, _, word, _, _ = subset.get_metadata(i)
+            if word in classes:  # a list names all 35 words, whichever are here
+                clips.append((split, root.parent / name, word))
+
+    cache = folder / "speech_commands.npz"
+    names = hashlib.sha256("\n".join(str(path.relative_to(folder)) for _, path, _ in clips).encode()).hexdigest()
+    if not cache.exists() or str(np.load(cache)["names"]) != names:
+        missing = [str(path) for _, path, _ in clips if not path.exists()]
+        if missing:
+            sys.exit(f"{len(missing)} clips that the official lists name are missing, {missing[0]} the first: "
+                     f"delete {root} so that it is unpacked again")
+        waves = np.zeros((len(clips), SPEECH_RATE), np.int16)
+        for row, (_, path, _) in zip(waves, tqdm(clips, "decode wav files")):
+            samples = read_wav(path)[:SPEECH_RATE]
+            row[:len(samples)] = samples
+        save_cache(cache, waves=waves, names=names)
+    waves = torch.from_numpy(np.load(cache)["waves"])
+    labels = torch.tensor([classes.index(word) for _, _, word in clips])
+    parts = {split: torch.tensor([part == split for part, _, _ in clips]) for split in lists}
+    return {split: (waves[part], labels[part]) for split, part in parts.items()} | {"classes": classes}
+
+
+def read_wav(path):
+    """Mono 16-bit PCM at 16 kHz -> int16 [samples]."""
+    with wave.open(str(path)) as file:
+        form = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        if form != (1, 2, SPEECH_RATE):
+            sys.exit(f"{path}: {form[0]} channels of {8 * form[1]} bits at {form[2]} Hz, where mono, 16 bits, {SPEECH_RATE} Hz is needed")
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2")
+
+
+def demo_speech(folder):
+    """Six 'words', 70 clips each: a word is a rising, falling or level tone in a low or a high voice, with noise."""
+    rng = np.random.default_rng(0)
+    words = {"low_rise": (200, 400), "low_fall": (400, 200), "low_level": (300, 300),
+             "high_rise": (900, 1800), "high_fall": (1800, 900), "high_level": (1300, 1300)}
+    root = folder / "SpeechCommands" / SPEECH_VERSION
+    lists = {"validation": [], "testing": []}
+    for word, (first, last) in words.items():
+        (root / word).mkdir(parents=True, exist_ok=True)
+        for speaker in range(70):
+            samples = int(rng.integers(12000, 16001))
+            pitch = np.linspace(first, last, samples) * rng.uniform(0.9, 1.1)
+            phase = 2 * np.pi * np.cumsum(pitch) / SPEECH_RATE
+            tone = sum(np.sin(k * phase) / k for k in (1, 2, 3)) * np.hanning(samples)
+            clip = np.int16(6000 * (tone + rng.normal(0, 0.1, samples)))
+            name = f"{word}/{speaker:08x}_nohash_0.wav"
+            with wave.open(str(root / name), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(SPEECH_RATE)
+                file.writeframes(clip.tobytes())
+            if speaker < 20:
+                lists["validation" if speaker < 8 else "testing"].append(name)
+    for split, names in lists.items():
+        (root / f"{split}_list.txt").write_text("\n".join(names) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CYP3A4 inhibition
+# ---------------------------------------------------------------------------------------------------------------------
+SMILES_TOKEN = re.compile(r"\[[^]]+]|Br|Cl|%\d\d|.")
+ATOM_BUCKETS = 4096
+
+
+def cyp3a4(folder, demo=False):
+    """CYP3A4 inhibition (Veith et al. 2009) as Therapeutics Data Commons publishes it, CYP3A4_Veith, 0.7 MB:
+    https://tdcommons.ai/single_pred_tasks/adme/#cyp-p450-3a4-inhibition-veith-et-al; checked by its counts.
+
+    Each split is (atoms int32 [n, atoms, 3], atom counts int64 [n], SMILES tokens int32 [n, tokens], token counts
+    int64 [n], labels int64 [n], 1 for an inhibitor). Ids start at 1, 0 pads. An atom's three ids are its Morgan
+    environments of radius 0, 1 and 2, hashed into 4,096 buckets. "sizes" is the number of ids of both kinds.
+    The test part is TDC's scaffold split (9,862 / 2,466 molecules); validation is a scaffold split of the training
+    part (0.9 / 0.1), so that no ring system is in two parts.
+    """
+    folder = Path(folder) / "demo" if demo else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cyp3a4_veith.tab"
+    if demo:
+        demo_cyp3a4(path)
+    elif not path.exists():
+        torch.hub.download_url_to_file(CYP3A4_URL, str(path))
+    content = path.read_bytes()
+    cache = folder / "cyp3a4_veith.npz"
+    digest = hashlib.sha256(content).hexdigest()
+    if not cache.exists() or str(np.load(cache)["digest"]) != digest:
+        rows = list(csv.DictReader(content.decode().splitlines(), delimiter="\t"))
+        if not rows or not {"Drug", "Y"} <= set(rows[0]):
+            sys.exit(f"{path} is not the tab-separated table with the columns Drug_ID, Drug and Y: delete it, it will be downloaded again")
+        inhibitors = sum(float(row["Y"]) == 1 for row in rows)
+        if not demo and (len(rows), inhibitors) != (12328, 5110):
+            sys.exit(f"{path} has {len(rows):,} molecules, {inhibitors:,} of them inhibitors, where 12,328 and 5,110 are expected: delete it, it will be downloaded again")
+        save_cache(cache, digest=digest, **featurise(rows))
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(cache).items() if name != "digest"}
+    splits = {}
+    for code, split in enumerate(("train", "validation", "test")):
+        part = arrays["split"] == code
+        splits[split] = tuple(arrays[name][part] for name in ("atoms", "atom_counts", "tokens", "token_counts", "labels"))
+    return splits | {"sizes": {"atoms": ATOM_BUCKETS + 1, "smiles": int(arrays["tokens"].max()) + 1}}
+
+
+def featurise(rows):
+    """Rows with Drug (a SMILES string) and Y -> the arrays of cyp3a4(), and split: 0 train, 1 validation, 2 test."""
+    from rdkit import Chem, RDLogger
+    from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
+    from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
+
+    RDLogger.DisableLog("rdApp.*")
+    # Redundant environments are kept: every atom has one for each radius, as far as the molecule reaches.
+    morgan = GetMorganGenerator(radius=2, includeRedundantEnvironments=True)
+    atoms, strings, labels, scaffolds, unreadable = [], [], [], [], []
+    for row in tqdm(rows, "featurise molecules"):
+        molecule = Chem.MolFromSmiles(row["Drug"])
+        if molecule is None or not molecule.GetNumAtoms():
+            unreadable.append(row["Drug"])
+            continue
+        environments = AdditionalOutput()
+        environments.AllocateBitInfoMap()
+        morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
+        ids = np.zeros((molecule.GetNumAtoms(), 3), np.int32)
+        for code, places in environments.GetBitInfoMap().items():
+            for atom, radius in places:
+                ids[atom, radius] = 1 + code % ATOM_BUCKETS
+        atoms.append(ids)
+        strings.append(SMILES_TOKEN.findall(row["Drug"]))
+        labels.append(int(float(row["Y"])))
+        scaffolds.append(MurckoScaffoldSmiles(mol=molecule, includeChirality=False))
+    if unreadable:
+        tqdm.write(f"{len(unreadable)} SMILES that RDKit cannot read are left out: {' '.join(unreadable)}")
+
+    learn, test = scaffold_split(scaffolds, 0.8)
+    train, validation = scaffold_split([scaffolds[i] for i in learn], 0.9)
+    split = np.zeros(len(atoms), np.int64)
+    split[[learn[i] for i in validation]] = 1
+    split[test] = 2
+    # Id 1 is for tokens that the training part does not have.
+    vocabulary = sorted({token for i in train for token in strings[learn[i]]})
+    ids = {token: 2 + i for i, token in enumerate(vocabulary)}
+    tokens = [np.array([ids.get(token, 1) for token in string], np.int32) for string in strings]
+    return {
+        "atoms": pad(atoms), "atom_counts": np.array([len(a) for a in atoms]),
+        "tokens": pad(tokens), "token_counts": np.array([len(t) for t in tokens]),
+        "labels": np.array(labels), "split": split,
+    }
+
+
+def pad(rows):
+    """Arrays [length, ...] -> one array [rows, longest, ...], filled with 0."""
+    padded = np.zeros((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]), rows[0].dtype)
+    for target, row in zip(padded, rows):
+        target[:len(row)] = row
+    return padded
+
+
+def scaffold_split(scaffolds, fraction, seed=0):
+    """One scaffold for each molecule -> (indices of the first part, indices of the second).
+
+    Molecules of one scaffold stay together. As Therapeutics Data Commons with fractions (fraction, 1 - fraction, 0):
+    groups in order of first appearance are shuffled by Python's random, then each goes to the first part if it fits.
+    """
+    groups = defaultdict(list)
+    for i, scaffold in enumerate(scaffolds):
+        groups[scaffold].append(i)
+    groups = list(groups.values())
+    random.Random(seed).shuffle(groups)
+    first, second = [], []
+    for group in groups:
+        part = first if len(first) + len(group) <= int(len(scaffolds) * fraction) else second
+        part += group
+    return first, second
+
+
+def demo_cyp3a4(path):
+    """400 molecules of a ring, a chain and a ring; those with an imidazole or a triazole, which bind the enzyme's
+    iron as the azole antifungals do, are the inhibitors. Fields are quoted, as in the archive's own copy."""
+    rng = random.Random(0)
+    heads = ["c1ccccc1", "c1ccc(Cl)cc1", "c1ccc(F)cc1", "c1ccncc1", "c1ccsc1", "C1CCCCC1", "C1CCOCC1", "c1ccc2ccccc2c1"]
+    azoles = ["n1ccnc1", "n1cncn1", "c1cnc[nH]1"]
+    others = ["c1ccco1", "N1CCCC1", "N1CCOCC1", "c1ccccc1", "C(=O)O", "C(N)=O"]
+    lines = ['"Drug_ID"\t"Drug"\t"Y"']
+    for i in range(400):
+        label = rng.randrange(2)
+        chain = "".join(rng.choice(["C", "C", "O", "N", "C(C)", "C(=O)"]) for _ in range(rng.randint(1, 6)))
+        lines.append(f'"{i}"\t"{rng.choice(heads)}{chain}C{rng.choice(azoles if label else others)}"\t"{label}"')
+    path.write_text("\n".join(lines) + "\n")

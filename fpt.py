@@ -1,0 +1,428 @@
+"""Frozen Pretrained Transformer: GPT-2 with frozen attention and MLP weights, trained on data that is not language.
+
+    python train_cifar.py --pretrained 0        # this file is what the four scripts share: flags, model, loop
+    python train_cifar.py --help                # every flag with unit, default and reason
+
+Lu et al. 2021, "Pretrained Transformers as Universal Computation Engines", https://arxiv.org/abs/2103.05247.
+Read it top to bottom: flags(), FPT, then fit(), the training loop.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModel, GPT2Config
+
+PARTS = ("in", "out", "ln", "pos", "attn", "ff")
+
+# The sizes of the GPT-2 family, so that random weights need no network.
+GPT2_SIZES = {
+    "distilgpt2": dict(n_layer=6),
+    "gpt2": dict(),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show every default, and the script's docstring as it was written."""
+
+
+def train_parts(text):
+    """'in,out,ln' -> the same text, checked; 'all' stands for every part."""
+    unknown = set(text.split(",")) - set(PARTS)
+    if unknown and text != "all":
+        raise argparse.ArgumentTypeError(f"unknown part {', '.join(sorted(unknown))}: use 'all' or some of {','.join(PARTS)}")
+    return text
+
+
+def flags(task, doc, **defaults):
+    """The flags that all scripts share; `defaults` are the task's own choices. Returns an ArgumentParser."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    add = parser.add_argument
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--model", default="gpt2", help="hub name (gpt2, distilgpt2, gpt2-medium, ...) or a local folder; other text transformers that take inputs_embeds work too")
+    add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
+    add("--init_std", type=float, default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
+    add("--in_gain", type=float, default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
+    add("--train", type=train_parts, default="in,out,ln,pos", help="parts that are trained: 'all', or some of in,out,ln,pos,attn,ff (input layer, output layer, norms, positions, attention, MLP); the rest stays frozen")
+    add("--pool", choices=["last", "mean"], default="last", help="what the output layer reads: the last real token, as the original, or the mean over the real tokens")
+    add("--dropout", type=float, default=0.0, help="probability; the original's 0.1 slows a mostly frozen model that does not overfit")
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--steps", type=int, default=2500, help="gradient steps in all")
+    add("--batch_size", type=int, default=32, help="examples a forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes a gradient step, for a larger batch in the same memory")
+    add("--lr", type=float, default=1e-3, help="AdamW's peak learning rate; few, well-scaled weights stand a high one")
+    add("--warmup", type=int, default=50, help="steps of linear warm-up, then cosine down to zero; AdamW's second moments need some steps to settle")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only; norms, biases and positions are not decayed")
+    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="precision of the matrix products; auto: bf16 where the hardware has it, else fp16 with loss scaling on CUDA, fp32 on CPU")
+    add("--compile", type=int, choices=[0, 1], default=None, help="torch.compile the model; None: 1 on CUDA, where fused kernels pay, 0 on CPU, where compiling takes longer than it saves")
+    add("--device", default="auto", help="cuda, cuda:1, cpu, ...; auto: cuda if there is one")
+    add("--seed", type=int, default=0, help="of the random weights, the data order and the augmentation; never of the splits")
+
+    evaluation = parser.add_argument_group("evaluation and files")
+    add = evaluation.add_argument
+    add("--eval_every", type=int, default=250, help="gradient steps between two evaluations")
+    add("--eval_examples", type=int, default=0, help="validation examples an evaluation reads, the same ones each time; 0: all. The test set is always read whole")
+    add("--best", choices=["loss", "accuracy"], default="accuracy", help="which validation figure picks the checkpoint that is tested")
+    add("--patience", type=int, default=0, help="stop after so many evaluations without a better one; 0: never")
+    add("--data", default="data", help="folder of the data sets, downloaded and decoded there on first use")
+    add("--out", default=None, help=f"folder of log.jsonl and best.pt; None: the next free runs/{task}, runs/{task}-2, ...")
+    add("--eval", default=None, metavar="PATH", help="evaluate this checkpoint on the test set instead of training; it brings its own flags")
+    add("--demo", type=int, choices=[0, 1], default=0, help="1: a few hundred generated examples and a short run, no network; the result says nothing about the real task")
+
+    parser.set_defaults(task=task, **defaults)
+    return parser
+
+
+def parse(parser, demo):
+    """Parse the command line; `demo` holds the smaller defaults of a --demo 1 run. Returns a Namespace."""
+    argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # in a notebook, argv is the kernel's own
+    args = parser.parse_args(argv)
+    if args.eval:
+        saved = load_checkpoint(args.eval)["flags"]
+        if saved["task"] != args.task:
+            sys.exit(f"{args.eval} is a checkpoint of the task {saved['task']}, not of {args.task}")
+        here = ("eval", "out", "data", "device", "amp", "compile")  # what belongs to this machine, not to the checkpoint
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in here})
+        args = parser.parse_args(argv)
+    elif args.demo:
+        parser.set_defaults(**demo)
+        args = parser.parse_args(argv)
+
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = args.device.startswith("cuda")
+    if args.amp == "auto" and cuda:
+        # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif args.amp == "auto":
+        cpu = torch.cpu.get_capabilities()
+        args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+    if args.compile is None:
+        args.compile = int(cuda)
+    if not args.out:
+        number = 1
+        args.out = f"runs/{args.task}"
+        while Path(args.out).exists():
+            number += 1
+            args.out = f"runs/{args.task}-{number}"
+    if args.demo:
+        print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+def causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """torch's fused causal attention. Padding is on the right, so no real token ever sees it and no mask is needed;
+    transformers' own way to find that out reads the mask on the host, which would stall a GPU once a step."""
+    heads = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
+    return heads.transpose(1, 2), None
+
+
+AttentionInterface.register("causal", causal_attention)
+
+
+def load_core(args):
+    """The transformer without its token table: pretrained, or with random weights of standard deviation init_std."""
+    folder = Path(args.model).is_dir()
+    name = args.model.removeprefix("openai-community/")
+    try:
+        if name in GPT2_SIZES and not folder and not args.pretrained:
+            config = GPT2Config(**GPT2_SIZES[name])
+        else:
+            config = AutoConfig.from_pretrained(args.model)
+        if config.model_type == "gpt2":
+            config._attn_implementation = "causal"
+            config.activation_function = "gelu_pytorch_tanh"  # the same function as GPT-2's gelu_new in one fused kernel
+        if args.pretrained:
+            core = AutoModel.from_pretrained(args.model, config=config, dtype=torch.float32)
+        else:
+            config.initializer_range = args.init_std
+            core = AutoModel.from_config(config, dtype=torch.float32)
+    except OSError as error:
+        sys.exit(f"Cannot load --model {args.model}: it is no folder with a model in it, and the hub does not answer.\n"
+                 f"Use --pretrained 0 for random weights, or --model FOLDER for weights on this disk.\n({str(error).splitlines()[0]})")
+    core.set_input_embeddings(None)  # our tokens come in as vectors
+    for module in core.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = args.dropout
+    for parent in list(core.modules()):
+        for child_name, child in parent.named_children():
+            if type(child).__name__ == "Conv1D":  # GPT-2 stores W transposed; nn.Linear's layout multiplies faster
+                linear = nn.Linear(*child.weight.shape, device="meta")
+                linear.weight, linear.bias = nn.Parameter(child.weight.detach().T.contiguous()), child.bias
+                setattr(parent, child_name, linear)
+    return core
+
+
+class FPT(nn.Module):
+    """Input layer, frozen transformer, output layer.
+
+    inputs:   numbers in a continuous token, or with discrete=True the number of token ids (id 0 is 'nothing', a zero
+              vector; several ids a token are embedded and summed)
+    outputs:  numbers in a prediction: classes, or 1 for a regression
+    """
+
+    def __init__(self, args, inputs, outputs, discrete=False):
+        super().__init__()
+        torch.manual_seed(args.seed)  # a checkpoint leaves the frozen random core out: the seed brings it back
+        self.core = load_core(args)
+        width = self.core.config.hidden_size
+        self.positions = self.core.config.max_position_embeddings
+        self.causal = any(getattr(module, "is_causal", False) for module in self.core.modules())
+        self.pool = args.pool
+        if discrete:
+            self.input = nn.Embedding(inputs, width, padding_idx=0)
+            nn.init.normal_(self.input.weight, std=args.in_gain)
+            nn.init.zeros_(self.input.weight[0])
+        else:
+            self.input = nn.Linear(inputs, width)
+            nn.init.orthogonal_(self.input.weight, gain=args.in_gain)
+            nn.init.zeros_(self.input.bias)
+        self.output = nn.Linear(width, outputs)
+
+        trained = PARTS if args.train == "all" else args.train.split(",")
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.amp]
+        self.frozen_sum = 0.0  # tells two frozen cores apart when a checkpoint is loaded
+        for parameter, part in self.named_parts():
+            parameter.requires_grad = part in trained
+            if part not in trained:
+                self.frozen_sum += parameter.double().sum().item()
+                if part in ("attn", "ff"):  # rounded once here, instead of by autocast at every step
+                    parameter.data = parameter.data.to(half)
+
+    def named_parts(self):
+        """Yields (parameter, part), part being one of PARTS."""
+        for module_name, module in self.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if module_name in ("input", "output"):
+                    part = module_name.removesuffix("put")
+                elif type(module).__name__.endswith("Norm"):
+                    part = "ln"
+                elif isinstance(module, nn.Embedding):
+                    part = "pos"
+                else:
+                    part = "attn" if "att" in module_name else "ff"
+                yield parameter, part
+
+    def forward(self, tokens, lengths=None):
+        """tokens:   float [batch, time, inputs], or int [batch, time] or [batch, time, ids], padded on the right
+        lengths:  int [batch], the real tokens of each sequence, at least 1; None: all of them are real
+        returns   float32 [batch, outputs]
+        """
+        time = tokens.shape[1]
+        if time > self.positions:
+            raise ValueError(f"{time} tokens are more than the {self.positions} positions of the model")
+        x = self.input(tokens)
+        if x.ndim == 4:
+            x = x.sum(2)
+        if lengths is None:
+            lengths = torch.full((len(tokens),), time, device=tokens.device)
+        real = torch.arange(time, device=tokens.device) < lengths[:, None]
+        mask = None if self.causal else real
+        hidden = self.core(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        if self.pool == "last":
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        else:
+            pooled = (hidden * real[:, :, None]).sum(1) / lengths[:, None]
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 cannot tell a sum of 71 from one of 71.2
+            return self.output(pooled.float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+def batches(size, batch_size, seed, lengths=None):
+    """Yields index tensors [batch_size] for ever, each epoch in a new order; a rest smaller than a batch is dropped.
+
+    With lengths [size], examples of like length go together, so that little of a batch is padding: each run of 50
+    shuffled batches is sorted by length, cut, and the batches are shuffled again.
+    """
+    batch_size = min(batch_size, size)
+    for epoch in range(sys.maxsize):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(size, generator=generator)
+        if lengths is not None:
+            order = torch.cat([run[lengths[run].argsort()] for run in order.split(50 * batch_size)])
+        order = order[: size // batch_size * batch_size].view(-1, batch_size)
+        if lengths is not None:
+            order = order[torch.randperm(len(order), generator=generator)]
+        yield from order
+
+
+def autocast(args):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.amp]
+    return torch.autocast(args.device.split(":")[0], dtype=dtype, enabled=args.amp != "fp32")
+
+
+@torch.no_grad()
+def evaluate(args, model, batch, split, order, loss_fn, predict, metrics):
+    """One pass over the examples `order` of a split. Returns {"loss", "accuracy", and what metrics() adds}."""
+    model.eval()
+    outputs, targets = [], []
+    for index in tqdm(order.split(4 * args.batch_size), f"evaluate {split}", leave=False):
+        tokens, lengths, target = batch(split, index)
+        with autocast(args):
+            outputs.append(model(tokens, lengths))
+        targets.append(target)
+    model.train()
+    outputs, targets = torch.cat(outputs), torch.cat(targets)
+    accuracy = (predict(outputs) == targets).float().mean()
+    return {"loss": loss_fn(outputs, targets).item(), "accuracy": accuracy.item(), **metrics(outputs, targets)}
+
+
+def load_checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def print_table(rows):
+    line = "-" * 46
+    body = "\n".join(f"| {name:<26} | {value:>13{'.4f' if isinstance(value, float) else ''}} |" for name, value in rows.items())
+    tqdm.write(f"{line}\n{body}\n{line}")
+
+
+def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
+        predict=lambda outputs: outputs.argmax(-1), metrics=lambda outputs, targets: {}):
+    """Train, keep the checkpoint that is best on the validation split, and evaluate that one once on the test split.
+
+    batch(split, index): index int64 [batch] on the CPU -> tokens, lengths or None, targets, all on args.device
+    sizes, lengths:      {"train": ..., "validation": ..., "test": ...}: number of examples, and if they differ in
+                         length the length of each (int tensors on the CPU)
+    dummy:               the label that a model would always give which looks at the training labels only
+    loss_fn(outputs, targets), predict(outputs) -> labels, metrics(outputs, targets) -> {name: figure}
+    Returns the last line of <out>/log.jsonl as a dict.
+    """
+    model.to(args.device)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    order = {split: torch.arange(size) for split, size in sizes.items()}
+    order["validation"] = order["validation"][:args.eval_examples or None]
+    if lengths:  # like lengths go together, so that little of a batch is padding
+        order = {split: index[lengths[split][index].argsort()] for split, index in order.items()}
+    judge = loss_fn, predict, metrics
+    dummy_label = torch.tensor(dummy)
+
+    def test(step):
+        result = evaluate(args, model, batch, "test", order["test"], *judge)
+        targets = torch.cat([batch("test", index)[2].cpu() for index in order["test"].split(1000)])
+        return {
+            **{f"test_{name}": value for name, value in result.items()},
+            "dummy_accuracy": (targets == dummy_label).float().mean().item(),
+            "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+            "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "step": step,
+            "generated_data": bool(args.demo),
+        }
+
+    def load_best(path):
+        checkpoint = load_checkpoint(path)
+        if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
+            sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
+        model.load_state_dict(checkpoint["trained"], strict=False)
+        return checkpoint["step"]
+
+    if args.eval:
+        result = test(load_best(args.eval))
+        print_table(result)
+        return result
+
+    out = Path(args.out)
+    if (out / "log.jsonl").exists():
+        sys.exit(f"{out} already holds a run: choose another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "a", buffering=1)
+    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters are trained, in {args.amp} on {args.device}; results go to {out}/")
+
+    matrices = [p for name, p in trained.items() if name.endswith("weight") and p.ndim == 2 and "wpe" not in name]
+    others = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+    if args.compile:
+        model.compile()
+
+    model.train()
+    feed = batches(sizes["train"], args.batch_size, args.seed, lengths and lengths["train"])
+    best, waited, losses = -math.inf, 0, []
+    hits = torch.zeros((), device=args.device)
+    start = time.time()
+    bar = tqdm(total=args.steps, desc="train", unit="step")
+    for step in range(1, args.steps + 1):
+        warm = min(1.0, step / max(1, args.warmup))
+        past = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * past))
+
+        for _ in range(args.accumulate):
+            tokens, real, targets = batch("train", next(feed))
+            with autocast(args):
+                outputs = model(tokens, real)
+            loss = loss_fn(outputs, targets)
+            scaler.scale(loss / args.accumulate).backward()
+            losses.append(loss.detach())  # stays on the device: reading it here would make the host wait
+            hits += (predict(outputs.detach()) == targets).sum()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+
+        if step % args.eval_every and step != args.steps:
+            continue
+        losses = torch.stack(losses).tolist()
+        trained_at = time.time()
+        if not math.isfinite(sum(losses)):
+            sys.exit(f"The training loss is no longer finite (steps up to {step}, --lr {args.lr}): try a smaller --lr or --amp fp32")
+        validation = evaluate(args, model, batch, "validation", order["validation"], *judge)
+        row = {
+            "iteration": math.ceil(step / args.eval_every),
+            "step": step,
+            "train_loss": sum(losses) / len(losses),
+            "train_loss_start": losses[0],
+            "train_loss_final": losses[-1],
+            **{f"validation_{name}": value for name, value in validation.items()},
+            "train_accuracy": hits.item() / (len(losses) * len(targets)),
+            "train_seconds": trained_at - start,
+            "evaluation_seconds": time.time() - trained_at,
+        }
+        print_table(row)
+        log.write(json.dumps(row | {"generated_data": bool(args.demo)}) + "\n")
+        score = -validation["loss"] if args.best == "loss" else validation["accuracy"]
+        waited += 1
+        if score > best:
+            best, waited = score, 0
+            checkpoint = {"trained": {name: p.detach().cpu() for name, p in trained.items()}, "flags": vars(args),
+                          "frozen_sum": model.frozen_sum, "step": step}
+            torch.save(checkpoint, out / "best.pt.tmp")
+            os.replace(out / "best.pt.tmp", out / "best.pt")
+        if args.patience and waited >= args.patience:
+            tqdm.write(f"No better validation {args.best} for {waited} evaluations: stopping at step {step}")
+            break
+        losses, start = [], time.time()
+        hits.zero_()
+    bar.close()
+
+    result = test(load_best(out / "best.pt"))
+    print_table(result)
+    log.write(json.dumps(result | vars(args)) + "\n")
+    log.close()
+    return result

@@ -1,0 +1,59 @@
+"""The sum of n MNIST digits (MNISTDigitAddition), one 28x28 digit a token; n = 1 is plain MNIST.
+
+    python train_mnist_add.py --pretrained 0 --n 2          # frozen random GPT-2 on sums of two digits
+    python train_mnist_add.py --pretrained 0 --n 10 --loss mse
+    python train_mnist_add.py --pretrained 0 --demo 1       # no network, about a minute
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import fpt
+
+
+def main():
+    parser = fpt.flags("mnist_add", __doc__, steps=3000, batch_size=64, eval_every=250, eval_examples=2000, in_gain=0.3, init_std=0.08)
+    parser.add_argument("--n", type=int, default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
+    parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
+    args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=64, eval_every=40))
+
+    digits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.mnist(args.data, args.demo).items()}
+    fixed = {split: data.sum_indices(len(digits[split][0]), args.n).to(args.device) for split in ("validation", "test")}
+
+    def batch(split, index):
+        images, labels = digits[split]
+        if split == "train":  # each digit leads one sum an epoch; its partners are drawn anew every time
+            chosen = torch.randint(len(images), (len(index), args.n), device=args.device)
+            chosen[:, 0] = index.to(args.device)
+        else:
+            chosen = fixed[split][index.to(args.device)]
+        tokens = (images[chosen].flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels
+        return tokens, None, labels[chosen].sum(1)
+
+    # How likely each sum is: the distribution of one training digit, convolved n times with itself.
+    digit = np.bincount(digits["train"][1].cpu(), minlength=10) / len(digits["train"][1])
+    sums = np.ones(1)
+    for _ in range(args.n):
+        sums = np.convolve(sums, digit)
+
+    if args.loss == "ce":
+        outputs, loss_fn, predict = 9 * args.n + 1, F.cross_entropy, lambda outputs: outputs.argmax(-1)
+    else:  # in units of the spread of the sums, so that --lr means the same for every n
+        mean, spread = 4.5 * args.n, 2.87 * args.n ** 0.5
+        outputs, predict = 1, lambda outputs: (outputs[:, 0] * spread + mean).round().long()
+
+        def loss_fn(outputs, targets):
+            return F.mse_loss(outputs[:, 0], (targets - mean) / spread)
+
+    def errors(outputs, targets):
+        error = (predict(outputs) - targets).float()
+        return {"mae": error.abs().mean().item(), "mse": error.square().mean().item()}
+
+    model = fpt.FPT(args, inputs=28 * 28, outputs=outputs)
+    sizes = {split: len(images) for split, (images, _) in digits.items()}
+    return fpt.fit(args, model, batch, sizes, dummy=int(sums.argmax()), loss_fn=loss_fn, predict=predict, metrics=errors)
+
+
+if __name__ == "__main__":
+    main()
