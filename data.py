@@ -8,16 +8,14 @@ carved out of the official training part with a fixed seed; the test part is the
 the CPU, whole and small (uint8, int16): the scripts move them to the device once and cut batches there.
 """
 import csv
-import gzip
 import hashlib
-import math
 import os
 import pickle
 import random
 import re
 import sys
 import wave
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
-SPEECH_VERSION = "speech_commands_v0.02"
+SPEECH_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"  # the address torchaudio has a sha256 for
 SPEECH_RATE = 16000  # samples a second
 
 
@@ -168,8 +166,8 @@ def speech_commands(folder, demo=False):
     if demo:
         demo_speech(folder)
     lists = {"train": "training", "validation": "validation", "test": "testing"}
-    sets = {split: SPEECHCOMMANDS(folder, SPEECH_VERSION, download=not demo, subset=name) for split, name in lists.items()}
-    root = folder / "SpeechCommands" / SPEECH_VERSION
+    sets = {split: SPEECHCOMMANDS(folder, SPEECH_URL, download=not demo, subset=name) for split, name in lists.items()}
+    root = folder / "SpeechCommands" / "speech_commands_v0.02"
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_"))
     clips = []  # (split, file, word)
     for split, subset in sets.items():
@@ -210,7 +208,7 @@ def demo_speech(folder):
     rng = np.random.default_rng(0)
     words = {"low_rise": (200, 400), "low_fall": (400, 200), "low_level": (300, 300),
              "high_rise": (900, 1800), "high_fall": (1800, 900), "high_level": (1300, 1300)}
-    root = folder / "SpeechCommands" / SPEECH_VERSION
+    root = folder / "SpeechCommands" / "speech_commands_v0.02"
     lists = {"validation": [], "testing": []}
     for word, (first, last) in words.items():
         (root / word).mkdir(parents=True, exist_ok=True)

@@ -157,7 +157,7 @@ def load_core(args):
         else:
             config.initializer_range = args.init_std
             core = AutoModel.from_config(config, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # what transformers raises for a silent hub and for a folder without a model
         sys.exit(f"Cannot load --model {args.model}: it is no folder with a model in it, and the hub does not answer.\n"
                  f"Use --pretrained 0 for random weights, or --model FOLDER for weights on this disk.\n({str(error).splitlines()[0]})")
     core.set_input_embeddings(None)  # our tokens come in as vectors

@@ -25,9 +25,9 @@ def main():
         images, labels = digits[split]
         if split == "train":  # each digit leads one sum an epoch; its partners are drawn anew every time
             chosen = torch.randint(len(images), (len(index), args.n), device=args.device)
-            chosen[:, 0] = index.to(args.device)
+            chosen[:, 0] = index.to(args.device, non_blocking=True)
         else:
-            chosen = fixed[split][index.to(args.device)]
+            chosen = fixed[split][index.to(args.device, non_blocking=True)]
         tokens = (images[chosen].flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels
         return tokens, None, labels[chosen].sum(1)
 

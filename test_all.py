@@ -1,0 +1,602 @@
+"""Tests: python -m pytest test_all.py, a few minutes on two cores, no network and no data set needed.
+
+Models here are tiny folders that the tests save; the sizes of GPT-2 appear where a count or the demo needs them.
+"""
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import fpt
+import train_cifar
+import train_cyp3a4
+import train_mnist_add
+
+torch.set_num_threads(1)  # tiny models: two threads only wait for each other
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared" / "data"
+
+
+def flags(*argv, **defaults):
+    """What a script called with these words would get, for a tiny fp32 model on the CPU unless they say otherwise."""
+    sys.argv = ["train_test.py", *map(str, argv)]
+    parser = fpt.flags("test", "a test", device="cpu", amp="fp32", **defaults)
+    return fpt.parse(parser, demo={})
+
+
+@pytest.fixture(autouse=True)
+def keep_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """A folder with a tiny GPT-2 that has weights, as save_pretrained writes it."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=100, initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+def run_script(name, *argv, cwd=HERE):
+    return subprocess.run([sys.executable, HERE / f"{name}.py", *map(str, argv)], capture_output=True, text=True, cwd=cwd)
+
+
+def last_line(folder):
+    return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("inputs, outputs, trained", [(48, 10, 83_722), (784, 91, 711_259), (16, 10, 59_146), (80, 35, 127_523)])
+def test_trainable_parameters_as_in_the_original(inputs, outputs, trained):
+    model = fpt.FPT(flags("--pretrained", 0, "--train", "in,out,ln"), inputs, outputs)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == trained
+
+
+def test_train_all_is_everything_but_the_token_table():
+    model = fpt.FPT(flags("--pretrained", 0, "--train", "all"), 48, 10)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 124_485_130 - 38_597_376
+
+
+def test_random_weights_need_no_network_and_have_the_asked_for_scale(gpt2, tmp_path):
+    (tmp_path / "config.json").write_text((gpt2 / "config.json").read_text())
+    for std in 0.02, 0.08:
+        model = fpt.FPT(flags("--pretrained", 0, "--model", tmp_path, "--init_std", std), 4, 2)
+        assert model.core.h[0].attn.c_attn.weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_pretrained_weights_are_the_folders(gpt2):
+    from transformers import GPT2Model
+
+    ours, theirs = fpt.FPT(flags("--model", gpt2), 4, 2).core.h[1], GPT2Model.from_pretrained(gpt2).h[1]
+    assert torch.equal(ours.mlp.c_fc.weight, theirs.mlp.c_fc.weight.T)
+    assert torch.equal(ours.ln_2.weight, theirs.ln_2.weight)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_logits_equal_a_plain_gpt2(gpt2, pool):
+    from transformers import GPT2Model
+
+    model = fpt.FPT(flags("--model", gpt2, "--pool", pool), 12, 5).eval()
+    plain = GPT2Model.from_pretrained(gpt2, attn_implementation="eager").eval()
+    tokens = torch.randn(3, 9, 12)
+    hidden = plain(inputs_embeds=tokens @ model.input.weight.T + model.input.bias).last_hidden_state
+    pooled = hidden[:, -1] if pool == "last" else hidden.mean(1)
+    expected = pooled @ model.output.weight.T + model.output.bias
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def tiny_folder(family, folder):
+    import transformers
+
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, max_position_embeddings=64)
+    if family in ("Llama", "Gemma3Text"):
+        small |= dict(num_key_value_heads=1, head_dim=16)
+    config_class = getattr(transformers, f"{family}Config")
+    getattr(transformers, f"{family}Model")(config_class(**small)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family, norms, positions", [("Llama", 5, 0), ("Gemma3Text", 13, 0), ("Bert", 10, 66)])
+def test_other_text_transformers_as_the_core(family, norms, positions, tmp_path):
+    folder = tiny_folder(family, tmp_path)
+    for pretrained in 0, 1:
+        model = fpt.FPT(flags("--model", folder, "--pretrained", pretrained), 7, 3)
+        parts = list(model.named_parts())
+        assert sum(part == "ln" for _, part in parts) == norms
+        assert sum(p.numel() for p, part in parts if part == "pos") == positions * 32
+        model(torch.randn(2, 6, 7), torch.tensor([6, 4])).sum().backward()
+        assert model.input.weight.grad.abs().sum() > 0
+        assert all(p.grad is None for p, part in parts if part in ("attn", "ff"))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_a_molecule_does_not_see_its_neighbours_padding(gpt2, tmp_path, family, pool):
+    folder = gpt2 if family == "GPT2" else tiny_folder(family, tmp_path)
+    model = fpt.FPT(flags("--model", folder, "--pool", pool, "--in_gain", 1), 20, 2, discrete=True).eval()
+    short, long = torch.randint(1, 20, (1, 4, 3)), torch.randint(1, 20, (1, 30, 3))
+    padded = F.pad(short, (0, 0, 0, 26))
+    together = model(torch.cat([padded, long]), torch.tensor([4, 30]))
+    torch.testing.assert_close(together[:1], model(short), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[1:], model(long), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_too_many_tokens_are_refused(gpt2):
+    with pytest.raises(ValueError, match="65 tokens are more than the 64 positions"):
+        fpt.FPT(flags("--model", gpt2), 4, 2)(torch.zeros(1, 65, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loop
+# ---------------------------------------------------------------------------------------------------------------------
+def toy(args):
+    """A task that a linear readout can learn: which of 3 tokens is the largest. Returns (model, result of fit())."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 3, 4, generator=generator)
+    y = x.sum(2).argmax(1)
+    rows = {"train": range(0, 200), "validation": range(200, 240), "test": range(240, 300)}
+    model = fpt.FPT(args, 4, 3)
+
+    def batch(split, index):
+        index = torch.tensor(rows[split])[index]
+        return x[index].to(args.device), None, y[index].to(args.device)
+
+    return model, fpt.fit(args, model, batch, {split: len(part) for split, part in rows.items()}, dummy=y[:200].mode().values.item())
+
+
+def toy_flags(gpt2, out, *argv):
+    return flags("--model", gpt2, "--out", out, "--steps", 40, "--eval_every", 20, "--lr", 0.01, "--warmup", 5, *argv)
+
+
+@pytest.mark.parametrize("train", ["in,out,ln,pos", "out", "ln,attn", "in,ff", "all"])
+def test_only_the_named_parts_are_trained(gpt2, tmp_path, train):
+    args = toy_flags(gpt2, tmp_path / "run", "--train", train, "--steps", 3)
+    before = {name: p.clone() for name, p in fpt.FPT(args, 4, 3).named_parameters()}
+    model, _ = toy(args)
+    parts = {id(p): part for p, part in model.named_parts()}
+    wanted = fpt.PARTS if train == "all" else train.split(",")
+    saved = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["trained"]
+    for name, parameter in model.named_parameters():
+        if parts[id(parameter)] in wanted:
+            assert not torch.equal(parameter, before[name]), name
+            assert name in saved
+        else:
+            assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+            assert name not in saved
+
+
+def test_a_run_learns_and_its_log_is_complete(gpt2, tmp_path, capsys):
+    args = toy_flags(gpt2, tmp_path / "run", "--steps", 200, "--eval_every", 50)
+    _, result = toy(args)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[:-1]] == [50, 100, 150, 200]
+    for name in "train_loss train_loss_start train_loss_final validation_loss validation_accuracy train_accuracy train_seconds evaluation_seconds".split():
+        assert isinstance(lines[0][name], float), name
+    assert lines[-1]["test_accuracy"] == result["test_accuracy"] > result["dummy_accuracy"] + 0.2
+    assert vars(args).items() <= lines[-1].items()
+    assert lines[3]["train_loss"] < lines[0]["train_loss"]
+    assert "validation_accuracy" in capsys.readouterr().out
+
+
+def test_same_seed_same_run_other_seed_other_run(gpt2, tmp_path):
+    runs = {}
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        toy(toy_flags(gpt2, tmp_path / name, "--seed", seed, "--pretrained", 0, "--init_std", 0.2))
+        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        runs[name] = [{k: v for k, v in line.items() if "seconds" not in k and k not in ("out", "seed")} for line in lines]
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_eval_gives_the_trained_models_result_and_writes_nothing(gpt2, tmp_path):
+    _, trained = toy(toy_flags(gpt2, tmp_path / "run", "--train", "in,out", "--pretrained", 0, "--seed", 3))
+    before = sorted(tmp_path.rglob("*"))
+    args = flags("--eval", tmp_path / "run" / "best.pt", "--out", tmp_path / "new")
+    assert (args.train, args.seed, args.pretrained) == ("in,out", 3, 0)
+    _, evaluated = toy(args)
+    assert evaluated == trained and sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(SystemExit, match="another frozen core"):
+        toy(flags("--eval", tmp_path / "run" / "best.pt", "--seed", 4))
+
+
+def test_the_best_checkpoint_is_tested_and_patience_ends_the_run(gpt2, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.7, 0.6, 0.5])
+    evaluate = fpt.evaluate
+    seen = []
+
+    def scripted(args, model, batch, split, *rest):
+        seen.append((split, {name: p.clone() for name, p in model.named_parameters()}))
+        return {"loss": 1.0, "accuracy": next(scores)} if split == "validation" else evaluate(args, model, batch, split, *rest)
+
+    monkeypatch.setattr(fpt, "evaluate", scripted)
+    _, result = toy(toy_flags(gpt2, tmp_path / "run", "--eval_every", 5, "--steps", 100, "--patience", 2))
+    assert [split for split, _ in seen] == ["validation"] * 4 + ["test"]
+    assert result["step"] == 10
+    assert all(torch.equal(seen[1][1][name], p) for name, p in seen[-1][1].items())
+
+
+def test_a_run_is_not_overwritten(gpt2, tmp_path):
+    toy(toy_flags(gpt2, tmp_path / "run", "--steps", 1))
+    with pytest.raises(SystemExit, match="already holds a run"):
+        toy(toy_flags(gpt2, tmp_path / "run", "--steps", 1))
+
+
+def test_two_half_batches_are_one_batch(gpt2, tmp_path):
+    whole, _ = toy(toy_flags(gpt2, tmp_path / "a", "--steps", 3, "--batch_size", 16))
+    halves, _ = toy(toy_flags(gpt2, tmp_path / "b", "--steps", 3, "--batch_size", 8, "--accumulate", 2))
+    for (name, one), two in zip(whole.named_parameters(), halves.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_trains_as_fp32_does(gpt2, tmp_path, amp):
+    results = {}
+    for precision in "fp32", amp:
+        model, results[precision] = toy(toy_flags(gpt2, tmp_path / precision, "--amp", precision, "--steps", 100))
+    assert model.core.h[0].mlp.c_fc.weight.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    assert results[amp]["test_accuracy"] == pytest.approx(results["fp32"]["test_accuracy"], abs=0.1)
+    assert results[amp]["test_loss"] == pytest.approx(results["fp32"]["test_loss"], abs=0.15)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(gpt2, tmp_path):
+    with pytest.raises(SystemExit, match="no longer finite"):
+        toy(toy_flags(gpt2, tmp_path / "run", "--lr", 1e30, "--warmup", 0))
+
+
+def test_learning_rate_warms_up_and_decays(gpt2, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1])
+    toy(toy_flags(gpt2, tmp_path / "run", "--steps", 25, "--warmup", 5, "--lr", 0.01))
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
+    assert rates[14] == pytest.approx(0.005) and rates[-1] == pytest.approx(0)
+
+
+def test_batches_cover_an_epoch_and_group_lengths():
+    feed = fpt.batches(100, 10, seed=0)
+    first, second = ([next(feed) for _ in range(10)] for _ in "ab")
+    assert sorted(torch.cat(first).tolist()) == sorted(torch.cat(second).tolist()) == list(range(100))
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+
+    lengths = torch.randint(5, 60, (3200,), generator=torch.Generator().manual_seed(0))
+    feed = fpt.batches(3200, 32, seed=0, lengths=lengths)
+    epoch = [lengths[next(feed)] for _ in range(100)]
+    padded, real = sum(int(batch.max()) * 32 for batch in epoch), sum(int(batch.sum()) for batch in epoch)
+    assert real == lengths.sum() and 1 - real / padded < 0.1
+    assert [int(batch.max()) for batch in epoch] != sorted(int(batch.max()) for batch in epoch)
+
+
+def test_wrong_flags_end_with_a_line_and_code_2(capsys):
+    for argv in ["--train", "in,nose"], ["--pretrained", "2"], ["--steps", "many"], ["--nonsense"]:
+        with pytest.raises(SystemExit) as stop:
+            flags(*argv)
+        assert stop.value.code == 2
+    assert "unknown part nose" in capsys.readouterr().err
+
+
+def test_a_hub_out_of_reach_and_an_empty_folder_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for model in tmp_path, "gpt2":
+        with pytest.raises(SystemExit, match="--pretrained 0"):
+            fpt.FPT(flags("--model", model, "--pretrained", 1), 4, 2)
+
+
+def test_in_a_notebook_the_kernels_own_arguments_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel-1.json"])
+    assert fpt.parse(fpt.flags("test", "a test"), demo={}).steps == 2500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: files in the original formats, from a local server
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def server(tmp_path):
+    """Serves the folder tmp_path/www; yields (folder, url)."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{httpd.server_port}/"
+    httpd.shutdown()
+
+
+def tar(path, files):
+    """Write {name: bytes} as a .tar.gz"""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_cifar10_from_its_archive(server, tmp_path, monkeypatch, capfd):
+    from torchvision.datasets import CIFAR10
+
+    folder, url = server
+    rng = np.random.default_rng(0)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    batches = {name: {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": rng.integers(0, 10, 20).tolist()} for name in names}
+    files = {f"cifar-10-batches-py/{name}": pickle.dumps(content) for name, content in batches.items()}
+    files["cifar-10-batches-py/batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")})
+    tar(folder / CIFAR10.filename, files)
+    md5 = {name.split("/")[1]: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "url", url + CIFAR10.filename)
+    monkeypatch.setattr(CIFAR10, "train_list", [(name, md5[name]) for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", md5["test_batch"])])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(RuntimeError, match="corrupt"):
+        data.cifar10(tmp_path / "bad")
+    assert not (tmp_path / "bad" / "cifar10.npz").exists()
+
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
+    splits = data.cifar10(tmp_path / "good")
+    assert "100%" in capfd.readouterr().err
+    assert [len(splits[split][1]) for split in ("train", "validation", "test")] == [90, 10, 20]
+    # Row-major planes of red, green, blue become one pixel after the other.
+    assert torch.equal(splits["test"][0], torch.from_numpy(batches["test_batch"]["data"].reshape(20, 3, 32, 32).transpose(0, 2, 3, 1)))
+    assert splits["test"][1].tolist() == batches["test_batch"]["labels"]
+    learned = torch.cat([splits["train"][0], splits["validation"][0]]).flatten(1)
+    original = torch.from_numpy(np.concatenate([batches[name]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for name in names[:5]])).flatten(1)
+    assert sorted(learned.tolist()) == sorted(original.tolist())
+
+    (folder / CIFAR10.filename).unlink()  # the second start needs neither server nor archive
+    again = data.cifar10(tmp_path / "good")
+    assert all(torch.equal(a, b) for split in splits for a, b in zip(splits[split], again[split]))
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+
+
+def test_mnist_from_its_files(server, tmp_path, monkeypatch):
+    import gzip
+
+    from torchvision.datasets import MNIST
+
+    folder, url = server
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, size in ("train", 60), ("t10k", 20):
+        arrays[f"{name}-images-idx3-ubyte"] = rng.integers(0, 256, (size, 28, 28), np.uint8)
+        arrays[f"{name}-labels-idx1-ubyte"] = rng.integers(0, 10, size).astype(np.uint8)
+    resources = []
+    for name, array in arrays.items():
+        content = gzip.compress(idx(array))
+        (folder / f"{name}.gz").write_bytes(content)
+        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
+    monkeypatch.setattr(MNIST, "mirrors", [url])
+    monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in resources])
+    with pytest.raises(RuntimeError, match="corrupt"):
+        data.mnist(tmp_path / "bad")
+    monkeypatch.setattr(MNIST, "resources", resources)
+    splits = data.mnist(tmp_path / "good")
+    assert [len(splits[split][1]) for split in ("train", "validation", "test")] == [55, 5, 20]
+    assert torch.equal(splits["test"][0], torch.from_numpy(arrays["t10k-images-idx3-ubyte"]))
+    assert splits["test"][1].tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+
+
+def test_sums_use_every_digit_equally_and_never_change():
+    for n in 1, 2, 5:
+        index = data.sum_indices(100, n)
+        assert index.shape == (100, n) and torch.equal(index, data.sum_indices(100, n))
+        assert torch.equal(index.flatten().bincount(), torch.full((100,), n))
+    assert torch.equal(data.sum_indices(7, 1)[:, 0], torch.arange(7))
+
+
+def wav_bytes(samples, rate=16000, channels=1):
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
+def test_speech_commands_from_its_archive(server, tmp_path, monkeypatch, capfd):
+    from torchaudio.datasets import speechcommands
+
+    folder, url = server
+    rng = np.random.default_rng(0)
+    clips = {f"./{word}/{speaker}_nohash_{i}.wav": rng.integers(-9999, 9999, 16000 - 500 * i)
+             for word in ("yes", "no") for speaker in ("aa", "bb", "cc") for i in range(2)}
+    files = {name: wav_bytes(samples) for name, samples in clips.items()}
+    files["./_background_noise_/hum.wav"] = wav_bytes(np.zeros(99))
+    files["./validation_list.txt"] = b"yes/bb_nohash_0.wav\nno/bb_nohash_1.wav\n"
+    # A word of the lists that is not here is no class of its own.
+    files["./testing_list.txt"] = b"no/cc_nohash_0.wav\nno/cc_nohash_1.wav\nzebra/cc_nohash_1.wav\n"
+    tar(folder / "speech_commands_v0.02.tar.gz", files)
+    monkeypatch.setattr(data, "SPEECH_URL", url + "speech_commands_v0.02.tar.gz")
+    monkeypatch.setattr(speechcommands, "_CHECKSUMS", {data.SPEECH_URL: "0" * 64})
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        data.speech_commands(tmp_path / "bad")
+    digest = hashlib.sha256((folder / "speech_commands_v0.02.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(speechcommands, "_CHECKSUMS", {data.SPEECH_URL: digest})
+    splits = data.speech_commands(tmp_path / "good")
+    assert "100%" in capfd.readouterr().err
+    assert splits["classes"] == ["no", "yes"]
+    assert [splits[split][1].tolist() for split in ("validation", "test")] == [[1, 0], [0, 0]]
+    assert sorted(splits["train"][1].tolist()) == [0, 0, 0, 1, 1, 1, 1, 1]
+    waves = splits["test"][0]
+    assert waves.dtype == torch.int16 and waves.shape == (2, 16000)
+    assert waves[1, :15500].tolist() == clips["./no/cc_nohash_1.wav"].tolist() and waves[1, 15500:].eq(0).all()
+
+    again = data.speech_commands(tmp_path / "good")
+    assert all(torch.equal(a, b) for split in ("train", "validation", "test") for a, b in zip(splits[split], again[split]))
+    (tmp_path / "good" / "SpeechCommands" / "speech_commands_v0.02" / "no" / "cc_nohash_0.wav").unlink()
+    (tmp_path / "good" / "speech_commands.npz").unlink()
+    with pytest.raises(SystemExit, match="1 clips .* missing"):
+        data.speech_commands(tmp_path / "good")
+
+
+def test_a_wav_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav_bytes(np.zeros(8), rate=8000))
+    with pytest.raises(SystemExit, match="8000 Hz"):
+        data.read_wav(tmp_path / "a.wav")
+
+
+MOLECULES = [("Cc1ccccc1", 1), ("CCc1ccccc1", 0), ("C1CCCCC1N", 1), ("CCO", 0), ("c1ccncc1", 1), ("C[C@H](N)C(=O)O", 0), ("not a molecule", 1)]
+
+
+@pytest.mark.parametrize("quote", ['"', ""])
+def test_cyp3a4_from_its_table(server, tmp_path, monkeypatch, capfd, quote):
+    folder, url = server
+    rows = [("Drug_ID", "Drug", "Y"), *((f"{i}.0", smiles, label) for i, (smiles, label) in enumerate(MOLECULES))]
+    text = "\n".join("\t".join(f"{quote}{field}{quote}" for field in row) for row in rows) + "\n"
+    (folder / "4259582").write_text(text)
+    monkeypatch.setattr(data, "CYP3A4_URL", url + "4259582")
+    with pytest.raises(SystemExit, match="7 molecules, 4 of them inhibitors, where 12,328 and 5,110"):
+        data.cyp3a4(tmp_path / "data")
+    arrays = data.featurise([{"Drug": smiles, "Y": label} for smiles, label in MOLECULES])
+    error = capfd.readouterr()
+    assert "100%" in error.err and "1 SMILES that RDKit cannot read are left out: not a molecule" in error.out + error.err
+    assert arrays["labels"].tolist() == [1, 0, 1, 0, 1, 0]
+    assert arrays["atom_counts"].tolist() == [7, 8, 7, 3, 6, 6]
+    toluene, benzyl = arrays["atoms"][0], arrays["atoms"][1]
+    assert (toluene[:7] > 0).all() and (toluene[7:] == 0).all() and arrays["atoms"].max() <= data.ATOM_BUCKETS
+    assert toluene[0, 0] == benzyl[0, 0] and toluene[0, 1] != benzyl[0, 1]  # both methyl carbons, other neighbours
+    assert (arrays["atoms"][3][:, 2] == 0).any()  # ethanol ends before radius 2 everywhere
+    assert arrays["token_counts"].tolist() == [9, 10, 9, 3, 8, 11]  # [C@H] is one token
+
+
+def test_the_scaffold_split_by_hand():
+    # random.Random(0).shuffle turns the groups a b c d into c a b d.
+    scaffolds = ["a", "b", "a", "c", "d", "c", "c", "b", "a", "d"]
+    assert data.scaffold_split(scaffolds, 0.7) == ([3, 5, 6, 0, 2, 8], [1, 7, 4, 9])
+    assert data.scaffold_split(scaffolds, 0.8) == ([3, 5, 6, 0, 2, 8, 1, 7], [4, 9])
+
+
+def test_scaffolds_ignore_chirality_and_side_chains():
+    smiles = ["C[C@H]1CCCO1", "C[C@@H]1CCCO1", "CC1CCCO1", "OCc1ccccc1"] * 3 + ["CCO"]
+    split = data.featurise([{"Drug": s, "Y": 0} for s in smiles])["split"]
+    for same in [0, 1, 2, 4, 5, 6], [3, 7, 11]:
+        assert len(set(split[same])) == 1
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real file is not here")
+def test_the_real_cyp3a4_has_the_published_split(tmp_path):
+    (tmp_path / "cyp3a4_veith.tab").write_bytes((SHARED / "cyp3a4_veith.tab").read_bytes())
+    splits = data.cyp3a4(tmp_path)
+    labels = {split: splits[split][4] for split in ("train", "validation", "test")}
+    assert len(labels["train"]) + len(labels["validation"]) == 9862 and len(labels["test"]) == 2466
+    assert sum(int(part.sum()) for part in labels.values()) == 5110
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts
+# ---------------------------------------------------------------------------------------------------------------------
+def test_auroc_and_auprc_by_hand():
+    score, target = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([1, 0, 1, 1, 0])
+    assert train_cyp3a4.auroc(score, target) == pytest.approx(4 / 6)  # 4 of the 6 pairs are in order
+    assert train_cyp3a4.auprc(score, target) == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
+    ties = torch.tensor([0.5, 0.5, 0.5, 0.1])
+    target = torch.tensor([1, 0, 0, 1])
+    assert train_cyp3a4.auroc(ties, target) == pytest.approx((0.5 + 0.5) / 4)
+    assert train_cyp3a4.auprc(ties, target) == pytest.approx((1 / 3 + 2 / 4) / 2)
+
+
+def test_patches_are_squares_in_reading_order():
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    images = torch.stack([rows, columns, rows * 0 + 7], 2)[None]
+    tokens = train_cifar.patches(images, 8)
+    assert tokens.shape == (1, 16, 192)
+    square = tokens[0, 6].view(8, 8, 3)  # second row of patches, third column
+    assert square[:, 0, 0].tolist() == list(range(8, 16)) and square[0, :, 1].tolist() == list(range(16, 24))
+
+
+def test_augmentation_shifts_and_mirrors_but_invents_nothing():
+    columns = torch.arange(32, dtype=torch.uint8).expand(32, 32)
+    images = torch.stack([columns.T, columns, columns], 2).expand(200, 32, 32, 3)
+    moved = train_cifar.shift_and_flip(images).int()
+    steps = moved[:, 16, 1:, 1] - moved[:, 16, :-1, 1]
+    mirrored = (steps < 0).any(1)
+    assert 60 < mirrored.sum() < 140
+    assert set(steps.unique().tolist()) <= {-1, 0, 1} and moved[:, :, :, 0].diff(dim=1).min() >= 0
+    shift = moved[:, 16, 16, 0] - 16
+    assert set(shift.tolist()) == set(range(-4, 5))
+
+
+def demo(script, tmp_path, *argv):
+    run = run_script(script, "--demo", 1, "--data", tmp_path / "data", "--out", tmp_path / "run", *argv)
+    assert run.returncode == 0, run.stderr
+    return run, last_line(tmp_path / "run")
+
+
+@pytest.mark.parametrize("script, task", [("train_cifar", "cifar"), ("train_speech", "speech"), ("train_cyp3a4", "cyp3a4"), ("train_mnist_add", "mnist_add")])
+def test_the_demo_of_every_script_learns(script, task, tmp_path):
+    run, last = demo(script, tmp_path, "--pretrained", 0)
+    assert "DEMO: the data is generated" in run.stdout and last["generated_data"] is True
+    assert "train:" in run.stderr  # the progress bar
+    assert last["test_accuracy"] > last["dummy_accuracy"] + 0.25
+    assert {"test_loss", "trainable_parameters", "total_parameters", "step", "steps", "lr", "seed"} <= set(last)
+    if task == "cyp3a4":
+        assert last["test_auroc"] > 0.7 and last["test_auprc"] > 0.7
+    if task == "mnist_add":
+        assert last["test_mae"] >= 1 - last["test_accuracy"] - 1e-6 and last["test_mse"] >= last["test_mae"] - 1e-6
+
+
+@pytest.mark.parametrize("script, argv", [
+    ("train_cifar", ["--patch_size", 16, "--augment", 1]), ("train_speech", ["--tokens", "wave"]),
+    ("train_cyp3a4", ["--tokens", "smiles"]), ("train_mnist_add", ["--n", 3, "--loss", "mse"])])
+def test_the_other_choices_run_on_pretrained_weights(script, argv, tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    folder = tmp_path / "model"
+    GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=128, vocab_size=9)).save_pretrained(folder)
+    run, last = demo(script, tmp_path, "--model", folder, "--pretrained", 1, "--steps", 4, "--eval_every", 2, *argv)
+    assert last["pretrained"] == 1 and last["model"] == str(folder) and last["steps"] == 4
+    again = run_script(script, "--eval", tmp_path / "run" / "best.pt", "--data", tmp_path / "data")
+    assert again.returncode == 0, again.stderr
+    assert f"{last['test_loss']:.4f}" in again.stdout
+
+
+def test_patch_size_must_divide_the_image():
+    run = run_script("train_cifar", "--patch_size", 5)
+    assert run.returncode == 2 and "--patch_size 5 does not divide 32" in run.stderr
+
+
+@pytest.mark.parametrize("script, foreign", [
+    ("train_cifar", ["torchaudio", "rdkit"]), ("train_mnist_add", ["torchaudio", "rdkit"]),
+    ("train_speech", ["rdkit"]), ("train_cyp3a4", ["torchaudio"])])
+def test_a_script_imports_only_what_its_task_needs(script, foreign):
+    # torchvision is not asked for: transformers imports it by itself where it is installed.
+    code = f"import sys, {script}; print([name for name in {foreign} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+@pytest.mark.parametrize("script", ["train_cifar", "train_speech", "train_cyp3a4", "train_mnist_add"])
+def test_help_explains_every_flag(script):
+    run = run_script(script, "--help")
+    assert run.returncode == 0 and "usage" in run.stdout
+    options = [line for line in run.stdout.splitlines() if line.startswith("  --")]
+    assert len(options) > 25
+    assert "(default:" in run.stdout

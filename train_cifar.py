@@ -1,0 +1,56 @@
+"""CIFAR-10: 32x32 images of ten classes, one square patch of pixels a token.
+
+    python train_cifar.py --pretrained 0                    # frozen random GPT-2
+    python train_cifar.py --pretrained 0 --patch_size 8     # a quarter of the tokens, a quarter of the time
+    python train_cifar.py --pretrained 0 --demo 1           # no network, about a minute
+"""
+import torch
+
+import data
+import fpt
+
+
+def main():
+    parser = fpt.flags("cifar", __doc__, steps=2500, batch_size=32, eval_every=250, eval_examples=1000, in_gain=0.3, init_std=0.08)
+    parser.add_argument("--patch_size", type=int, default=4, help="side of a patch in pixels, a divisor of 32; 4 as the original: 64 tokens of 48 numbers")
+    parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training images by up to 4 pixels and flip half of them")
+    args = fpt.parse(parser, demo=dict(steps=100, eval_every=50, patch_size=8, augment=0))
+    if args.patch_size < 1 or 32 % args.patch_size:
+        parser.error(f"--patch_size {args.patch_size} does not divide 32")
+
+    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.cifar10(args.data, args.demo).items()}
+    mean = torch.tensor([0.4914, 0.4822, 0.4465], device=args.device)  # of CIFAR-10's training pixels, by channel
+    std = torch.tensor([0.2470, 0.2435, 0.2616], device=args.device)
+
+    def batch(split, index):
+        images, labels = splits[split]
+        index = index.to(args.device, non_blocking=True)
+        images = images[index]
+        if split == "train" and args.augment:
+            images = shift_and_flip(images)
+        return patches((images / 255 - mean) / std, args.patch_size), None, labels[index]
+
+    model = fpt.FPT(args, inputs=3 * args.patch_size ** 2, outputs=10)
+    sizes = {split: len(images) for split, (images, _) in splits.items()}
+    return fpt.fit(args, model, batch, sizes, dummy=splits["train"][1].mode().values.item())
+
+
+def shift_and_flip(images):
+    """Each image [batch, 32, 32, 3] up to 4 pixels up, down, left or right, its border repeated; half of them mirrored."""
+    count, side = images.shape[:2]
+    pixel = torch.arange(side, device=images.device)
+    rows, columns = ((pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1) for _ in "yx")
+    mirrored = torch.rand(count, 1, device=images.device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return images[torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def patches(images, size):
+    """[batch, 32, 32, 3] -> [batch, (32 / size)**2 patches in reading order, 3 * size**2 numbers]"""
+    count, side, _, channels = images.shape
+    grid = images.view(count, side // size, size, side // size, size, channels).transpose(2, 3)
+    return grid.reshape(count, (side // size) ** 2, size * size * channels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Speech Commands v0.02: one second of speech, one word of 35, a stretch of sound a token.
+
+    python train_speech.py --pretrained 0                   # frozen random GPT-2 on log-mel frames
+    python train_speech.py --pretrained 0 --tokens wave     # 80 raw samples at 8 kHz a token, as the original
+    python train_speech.py --pretrained 0 --demo 1          # no network, about a minute
+"""
+import torch
+import torch.nn.functional as F
+import torchaudio
+
+import data
+import fpt
+
+
+def main():
+    parser = fpt.flags("speech", __doc__, steps=1500, batch_size=32, eval_every=250, eval_examples=1000, in_gain=0.3, init_std=0.08)
+    parser.add_argument("--tokens", choices=["mel", "wave"], default="mel", help="mel: 51 frames of 80 log-mel energies, one every 20 ms; wave: 100 stretches of 80 samples at 8 kHz")
+    parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training clips by up to 100 ms")
+    args = fpt.parse(parser, demo=dict(steps=60, eval_every=30, batch_size=16))
+
+    sets = data.speech_commands(args.data, args.demo)
+    classes = sets.pop("classes")
+    splits = {split: (waves.to(args.device), labels.to(args.device)) for split, (waves, labels) in sets.items()}
+
+    if args.tokens == "mel":
+        spectrogram = torchaudio.transforms.MelSpectrogram(data.SPEECH_RATE, n_fft=1024, win_length=640, hop_length=320, n_mels=80).to(args.device)
+
+        def to_tokens(waves):
+            return (spectrogram(waves) + 1e-6).log().transpose(1, 2)
+    else:
+        resample = torchaudio.transforms.Resample(data.SPEECH_RATE, 8000).to(args.device)
+
+        def to_tokens(waves):
+            return resample(waves).unflatten(1, (100, 80))
+
+    sample = to_tokens(splits["train"][0][::len(splits["train"][0]) // 200] / 32768)
+    mean, std = sample.mean(), sample.std()  # of about 200 training clips
+
+    def batch(split, index):
+        waves, labels = splits[split]
+        index = index.to(args.device, non_blocking=True)
+        waves = waves[index] / 32768
+        if split == "train" and args.augment:
+            waves = shift(waves, data.SPEECH_RATE // 10)
+        return (to_tokens(waves) - mean) / std, None, labels[index]
+
+    model = fpt.FPT(args, inputs=80, outputs=len(classes))
+    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
+    return fpt.fit(args, model, batch, sizes, dummy=splits["train"][1].mode().values.item())
+
+
+def shift(waves, most):
+    """Each clip [batch, samples] earlier or later by up to `most` samples, silence following."""
+    count, samples = waves.shape
+    start = torch.randint(2 * most + 1, (count, 1), device=waves.device)
+    return F.pad(waves, (most, most)).gather(1, start + torch.arange(samples, device=waves.device))
+
+
+if __name__ == "__main__":
+    main()
