@@ -79,6 +79,7 @@ def flags(task, doc, **defaults):
     add = evaluation.add_argument
     add("--eval_every", type=int, default=250, help="gradient steps between two evaluations")
     add("--eval_examples", type=int, default=0, help="validation examples an evaluation reads, the same ones each time; 0: all. The test set is always read whole")
+    add("--test", type=int, choices=[0, 1], default=1, help="0: leave the test set closed and end with the validation figures, for choosing hyperparameters")
     add("--best", choices=["loss", "accuracy"], default="accuracy", help="which validation figure picks the checkpoint that is tested")
     add("--patience", type=int, default=0, help="stop after so many evaluations without a better one; 0: never")
     add("--data", default="data", help="folder of the data sets, downloaded and decoded there on first use")
@@ -319,11 +320,12 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
     judge = loss_fn, predict, metrics
     dummy_label = torch.tensor(dummy)
 
-    def test(step):
-        result = evaluate(args, model, batch, "test", order["test"], *judge)
-        targets = torch.cat([batch("test", index)[2].cpu() for index in order["test"].split(1000)])
+    def final(step):
+        split = "test" if args.test else "validation"
+        result = evaluate(args, model, batch, split, order[split], *judge)
+        targets = torch.cat([batch(split, index)[2].cpu() for index in order[split].split(1000)])
         return {
-            **{f"test_{name}": value for name, value in result.items()},
+            **{f"{split}_{name}": value for name, value in result.items()},
             "dummy_accuracy": (targets == dummy_label).float().mean().item(),
             "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
             "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -339,7 +341,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         return checkpoint["step"]
 
     if args.eval:
-        result = test(load_best(args.eval))
+        result = final(load_best(args.eval))
         print_table(result)
         return result
 
@@ -421,7 +423,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         hits.zero_()
     bar.close()
 
-    result = test(load_best(out / "best.pt"))
+    result = final(load_best(out / "best.pt"))
     print_table(result)
     log.write(json.dumps(result | vars(args)) + "\n")
     log.close()
