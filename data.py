@@ -40,9 +40,7 @@ def hold_out(x, y, size):
     return (x[order[size:]], y[order[size:]]), (x[order[:size]], y[order[:size]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CIFAR-10
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------
 def cifar10(folder, demo=False):
     """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB, md5-checked by torchvision.
 
@@ -69,41 +67,23 @@ def cifar10(folder, demo=False):
 
 
 def demo_cifar10(folder):
-    """300 training and 100 test images: five shapes, dark on light or light on dark, make ten classes."""
-    from PIL import Image, ImageDraw
-
-    rng = random.Random(0)
-
-    def draw(label):
-        low, high = [rng.randrange(80) for _ in "rgb"], [rng.randrange(170, 256) for _ in "rgb"]
-        ground, ink = (tuple(low), tuple(high)) if label % 2 else (tuple(high), tuple(low))
-        image = Image.new("RGB", (32, 32), ground)
-        pen = ImageDraw.Draw(image)
-        x, y, r = rng.randint(13, 18), rng.randint(13, 18), rng.randint(9, 12)
-        shape = label // 2
-        if shape == 0:
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
-        elif shape == 1:
-            pen.rectangle((x - r, y - 3, x + r, y + 3), fill=ink)
-        elif shape == 2:
-            pen.rectangle((x - 3, y - r, x + 3, y + r), fill=ink)
-        elif shape == 3:
-            pen.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=3)
-        else:
-            pen.line((x - r, y - r, x + r, y + r), fill=ink, width=4)
-        return np.asarray(image).transpose(2, 0, 1).ravel()
-
+    """300 training and 60 test images: five shapes, light on dark or dark on light, make ten classes."""
+    rng = np.random.default_rng(0)
+    row, column = np.mgrid[:32, :32]
     batches = folder / "cifar-10-batches-py"
     batches.mkdir(parents=True, exist_ok=True)
-    for name, size in [(f"data_batch_{i}", 60) for i in range(1, 6)] + [("test_batch", 100)]:
-        labels = [rng.randrange(10) for _ in range(size)]
-        (batches / name).write_bytes(pickle.dumps({"data": np.stack([draw(label) for label in labels]), "labels": labels}))
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        labels, images = rng.integers(10, size=60), []
+        for label in labels:
+            y, x = row - rng.integers(13, 19), column - rng.integers(13, 19)
+            shape = [x**2 + y**2 < 100, abs(y) < 4, abs(x) < 4, abs(x - y) < 5, abs(x**2 + y**2 - 90) < 45][label // 2]
+            dark, light = rng.integers(0, 80, (3, 1, 1)), rng.integers(170, 256, (3, 1, 1))
+            images.append(np.where(shape == (label % 2 == 0), light, dark).ravel())
+        (batches / name).write_bytes(pickle.dumps({"data": np.uint8(images), "labels": labels.tolist()}))
     (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"shape {i}" for i in range(10)]}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MNIST
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- MNIST ---------------------------------------------------------------------------------------------------------
 def mnist(folder, demo=False):
     """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, from torchvision's mirrors, 12 MB, md5-checked.
 
@@ -131,27 +111,20 @@ def demo_mnist(folder):
     from PIL import Image, ImageDraw, ImageFont
 
     rng = random.Random(0)
-
-    def draw(digit):
-        image = Image.new("L", (28, 28))
-        pen = ImageDraw.Draw(image)
-        place = rng.uniform(12, 16), rng.uniform(12, 16)
-        pen.text(place, str(digit), fill=255, font=ImageFont.load_default(rng.uniform(20, 24)), anchor="mm")
-        return np.asarray(image.rotate(rng.uniform(-12, 12)))
-
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for name, size in ("train", 600), ("t10k", 200):
-        labels = np.array([rng.randrange(10) for _ in range(size)], np.uint8)
-        images = np.stack([draw(label) for label in labels])
-        for kind, array in (f"images-idx3", images), (f"labels-idx1", labels):
+        labels, images = [rng.randrange(10) for _ in range(size)], []
+        for label in labels:
+            image, place, font = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16)), rng.uniform(20, 24)
+            ImageDraw.Draw(image).text(place, str(label), 255, ImageFont.load_default(font), anchor="mm")
+            images.append(np.asarray(image.rotate(rng.uniform(-12, 12))))
+        for kind, array in ("images-idx3", np.uint8(images)), ("labels-idx1", np.uint8(labels)):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Speech Commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Speech Commands -----------------------------------------------------------------------------------------------
 def speech_commands(folder, demo=False):
     """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, sha256-checked by torchaudio.
 
@@ -230,9 +203,7 @@ def demo_speech(folder):
         (root / f"{split}_list.txt").write_text("\n".join(names) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CYP3A4 inhibition
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- CYP3A4 inhibition ---------------------------------------------------------------------------------------------
 SMILES_TOKEN = re.compile(r"\[[^]]+]|Br|Cl|%\d\d|.")
 ATOM_BUCKETS = 4096
 

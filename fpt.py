@@ -2,14 +2,17 @@
 
     python train_cifar.py --pretrained 0        # this file is what the four scripts share: flags, model, loop
     python train_cifar.py --help                # every flag with unit, default and reason
+    python fpt.py                               # benchmark: a stock GPT-2 loop against this one, on this machine
 
 Lu et al. 2021, "Pretrained Transformers as Universal Computation Engines", https://arxiv.org/abs/2103.05247.
-Read it top to bottom: flags(), FPT, then fit(), the training loop.
+Read it top to bottom: flags(), FPT, then fit(), the training loop; benchmark() comes last.
 """
 import argparse
 import json
 import math
+import multiprocessing
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModel, GPT2Config
 
 PARTS = ("in", "out", "ln", "pos", "attn", "ff")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # The sizes of the GPT-2 family, so that random weights need no network.
 GPT2_SIZES = {
@@ -32,9 +36,7 @@ GPT2_SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Flags ---------------------------------------------------------------------------------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show every default, and the script's docstring as it was written."""
 
@@ -128,13 +130,16 @@ def parse(parser, demo):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Model ---------------------------------------------------------------------------------------------------------
 def causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """torch's fused causal attention. Padding is on the right, so no real token ever sees it and no mask is needed;
-    transformers' own way to find that out reads the mask on the host, which would stall a GPU once a step."""
-    heads = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
+    """Causal attention without a mask: padding is on the right, so no real token ever sees it. (transformers' own way
+    to find that no mask is needed reads the positions on the host, and would make a GPU wait once a step.)"""
+    time = query.shape[2]
+    if query.is_cuda or time > 512:
+        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
+    else:  # on a CPU the fused kernel's backward pass is several times slower than these products
+        future = torch.full((time, time), -math.inf, dtype=query.dtype).triu(1)
+        heads = F.dropout(((query * scaling) @ key.transpose(2, 3) + future).softmax(-1), dropout) @ value
     return heads.transpose(1, 2), None
 
 
@@ -201,14 +206,13 @@ class FPT(nn.Module):
         self.output = nn.Linear(width, outputs)
 
         trained = PARTS if args.train == "all" else args.train.split(",")
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.amp]
         self.frozen_sum = 0.0  # tells two frozen cores apart when a checkpoint is loaded
         for parameter, part in self.named_parts():
             parameter.requires_grad = part in trained
             if part not in trained:
                 self.frozen_sum += parameter.double().sum().item()
                 if part in ("attn", "ff"):  # rounded once here, instead of by autocast at every step
-                    parameter.data = parameter.data.to(half)
+                    parameter.data = parameter.data.to(PRECISIONS[args.amp])
 
     def named_parts(self):
         """Yields (parameter, part), part being one of PARTS."""
@@ -248,9 +252,7 @@ class FPT(nn.Module):
             return self.output(pooled.float())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------------------------
 def batches(size, batch_size, seed, lengths=None):
     """Yields index tensors [batch_size] for ever, each epoch in a new order; a rest smaller than a batch is dropped.
 
@@ -269,14 +271,32 @@ def batches(size, batch_size, seed, lengths=None):
         yield from order
 
 
+def adamw(args, model):
+    """AdamW over the trained parameters, with weight decay on the matrices alone."""
+    groups = {True: [], False: []}
+    for parameter, part in model.named_parts():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and part != "pos"].append(parameter)
+    groups = [{"params": group, "weight_decay": args.weight_decay * matrix} for matrix, group in groups.items() if group]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+
+
+def update(model, optimizer, scaler):
+    """One gradient step from the gradients that the backward passes have left."""
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def autocast(args):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.amp]
-    return torch.autocast(args.device.split(":")[0], dtype=dtype, enabled=args.amp != "fp32")
+    return torch.autocast(args.device.split(":")[0], dtype=PRECISIONS[args.amp], enabled=args.amp != "fp32")
 
 
 @torch.no_grad()
-def evaluate(args, model, batch, split, order, loss_fn, predict, metrics):
-    """One pass over the examples `order` of a split. Returns {"loss", "accuracy", and what metrics() adds}."""
+def infer(args, model, batch, split, order):
+    """Run the examples `order` of a split through the model. Returns outputs float32 [n, outputs] and targets [n]."""
     model.eval()
     outputs, targets = [], []
     for index in tqdm(order.split(4 * args.batch_size), f"evaluate {split}", leave=False):
@@ -285,19 +305,17 @@ def evaluate(args, model, batch, split, order, loss_fn, predict, metrics):
             outputs.append(model(tokens, lengths))
         targets.append(target)
     model.train()
-    outputs, targets = torch.cat(outputs), torch.cat(targets)
-    accuracy = (predict(outputs) == targets).float().mean()
-    return {"loss": loss_fn(outputs, targets).item(), "accuracy": accuracy.item(), **metrics(outputs, targets)}
+    return torch.cat(outputs), torch.cat(targets)
 
 
 def load_checkpoint(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def print_table(rows):
-    line = "-" * 46
-    body = "\n".join(f"| {name:<26} | {value:>13{'.4f' if isinstance(value, float) else ''}} |" for name, value in rows.items())
-    tqdm.write(f"{line}\n{body}\n{line}")
+def print_table(row):
+    lines = [f"| {name.replace('_', ' '):<24} | {value:>13{'.4f' if isinstance(value, float) else ''}} |" for name, value in row.items()]
+    rule = "-" * len(lines[0])
+    tqdm.write("\n".join([rule, *lines, rule]))
 
 
 def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
@@ -313,58 +331,47 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
     """
     model.to(args.device)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+              "total_parameters": sum(parameter.numel() for parameter in model.parameters())}
     order = {split: torch.arange(size) for split, size in sizes.items()}
     order["validation"] = order["validation"][:args.eval_examples or None]
     if lengths:  # like lengths go together, so that little of a batch is padding
         order = {split: index[lengths[split][index].argsort()] for split, index in order.items()}
-    judge = loss_fn, predict, metrics
-    dummy_label = torch.tensor(dummy)
 
-    def final(step):
-        split = "test" if args.test else "validation"
-        result = evaluate(args, model, batch, split, order[split], *judge)
-        targets = torch.cat([batch(split, index)[2].cpu() for index in order[split].split(1000)])
-        return {
-            **{f"{split}_{name}": value for name, value in result.items()},
-            "dummy_accuracy": (targets == dummy_label).float().mean().item(),
-            "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
-            "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "step": step,
-            "generated_data": bool(args.demo),
-        }
+    def figures(split, outputs, targets):
+        accuracy = (predict(outputs) == targets).float().mean()
+        result = {"loss": loss_fn(outputs, targets).item(), "accuracy": accuracy.item(), **metrics(outputs, targets)}
+        return {f"{split}_{name}": value for name, value in result.items()}
 
-    def load_best(path):
+    def finish(path):
         checkpoint = load_checkpoint(path)
         if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
             sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
         model.load_state_dict(checkpoint["trained"], strict=False)
-        return checkpoint["step"]
-
-    if args.eval:
-        result = final(load_best(args.eval))
+        split = "test" if args.test else "validation"
+        outputs, targets = infer(args, model, batch, split, order[split])
+        result = figures(split, outputs, targets) | {"dummy_accuracy": (targets == dummy).float().mean().item(), **counts,
+                                                     "step": checkpoint["step"], "generated_data": bool(args.demo)}
         print_table(result)
         return result
 
+    if args.eval:
+        return finish(args.eval)
     out = Path(args.out)
     if (out / "log.jsonl").exists():
         sys.exit(f"{out} already holds a run: choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a", buffering=1)
-    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters are trained, in {args.amp} on {args.device}; results go to {out}/")
+    print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}; results go to {}/"
+          .format(args.task, args.amp, args.device, out, **counts))
 
-    matrices = [p for name, p in trained.items() if name.endswith("weight") and p.ndim == 2 and "wpe" not in name]
-    others = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
+    optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
     if args.compile:
         model.compile()
-
     model.train()
     feed = batches(sizes["train"], args.batch_size, args.seed, lengths and lengths["train"])
-    best, waited, losses = -math.inf, 0, []
-    hits = torch.zeros((), device=args.device)
+    best, waited, losses, hits = -math.inf, 0, [], torch.zeros((), device=args.device)
     start = time.time()
     bar = tqdm(total=args.steps, desc="train", unit="step")
     for step in range(1, args.steps + 1):
@@ -381,34 +388,29 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
             scaler.scale(loss / args.accumulate).backward()
             losses.append(loss.detach())  # stays on the device: reading it here would make the host wait
             hits += (predict(outputs.detach()) == targets).sum()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, optimizer, scaler)
         bar.update()
-
         if step % args.eval_every and step != args.steps:
             continue
+
         losses = torch.stack(losses).tolist()
-        trained_at = time.time()
         if not math.isfinite(sum(losses)):
             sys.exit(f"The training loss is no longer finite (steps up to {step}, --lr {args.lr}): try a smaller --lr or --amp fp32")
-        validation = evaluate(args, model, batch, "validation", order["validation"], *judge)
+        train_end = time.time()
         row = {
             "iteration": math.ceil(step / args.eval_every),
             "step": step,
             "train_loss": sum(losses) / len(losses),
             "train_loss_start": losses[0],
             "train_loss_final": losses[-1],
-            **{f"validation_{name}": value for name, value in validation.items()},
             "train_accuracy": hits.item() / (len(losses) * len(targets)),
-            "train_seconds": trained_at - start,
-            "evaluation_seconds": time.time() - trained_at,
+            **figures("validation", *infer(args, model, batch, "validation", order["validation"])),
+            "train_seconds": train_end - start,
+            "evaluation_seconds": time.time() - train_end,
         }
         print_table(row)
         log.write(json.dumps(row | {"generated_data": bool(args.demo)}) + "\n")
-        score = -validation["loss"] if args.best == "loss" else validation["accuracy"]
+        score = -row["validation_loss"] if args.best == "loss" else row["validation_accuracy"]
         waited += 1
         if score > best:
             best, waited = score, 0
@@ -423,8 +425,116 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         hits.zero_()
     bar.close()
 
-    result = final(load_best(out / "best.pt"))
-    print_table(result)
+    result = finish(out / "best.pt")
     log.write(json.dumps(result | vars(args)) + "\n")
     log.close()
     return result
+
+
+# ---- Benchmark: python fpt.py --------------------------------------------------------------------------------------
+class StockFPT(nn.Module):
+    """What one writes first: GPT2Model as it comes, in fp32, with eager attention and dropout, between two linear layers."""
+
+    def __init__(self, args):
+        super().__init__()
+        config = GPT2Config(**GPT2_SIZES[args.model], attn_implementation="eager")
+        self.core = AutoModel.from_config(config)
+        self.input, self.output = nn.Linear(48, config.n_embd), nn.Linear(config.n_embd, 10)
+        for name, parameter in self.core.named_parameters():
+            parameter.requires_grad = "ln" in name or "wpe" in name
+
+    def forward(self, tokens):
+        return self.output(self.core(inputs_embeds=self.input(tokens)).last_hidden_state[:, -1])
+
+
+def benchmark_side(side, args, pipe):
+    """One of the two loops in a process of its own, so that peak memory is its own too. Makes as many gradient steps as
+    each number received says and sends the seconds a step; None ends it with the peak memory in MiB."""
+    tokens = torch.randn(args.batch_size, args.tokens, 48, generator=torch.Generator().manual_seed(0)).to(args.device)
+    targets = torch.arange(args.batch_size, device=args.device) % 10
+    if side == "stock":
+        model = StockFPT(args).to(args.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    else:
+        model = FPT(args, 48, 10).to(args.device)
+        optimizer, scaler = adamw(args, model), torch.amp.GradScaler(enabled=args.amp == "fp16")
+        if args.compile:
+            model.compile()
+    for steps in iter(pipe.recv, None):
+        start = time.time()
+        for _ in range(steps):
+            if side == "stock":
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(tokens), targets)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                loss.item()
+            else:
+                with autocast(args):
+                    outputs = model(tokens)
+                scaler.scale(F.cross_entropy(outputs, targets)).backward()
+                update(model, optimizer, scaler)
+        wait_for(args.device)
+        pipe.send((time.time() - start) / steps)
+    if args.device.startswith("cuda"):
+        pipe.send(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        import resource  # not on Windows
+
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def wait_for(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matmul_rate(args):
+    """Operations a second of a large matrix product in the precision of --amp, the best of five."""
+    side = 8192 if args.device.startswith("cuda") else 2048
+    left, right = (torch.randn(side, side, device=args.device).to(PRECISIONS[args.amp]) for _ in "ab")
+    seconds = []
+    for _ in range(5):
+        wait_for(args.device)
+        start = time.time()
+        left @ right
+        wait_for(args.device)
+        seconds.append(time.time() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def benchmark():
+    """Time the stock loop and ours in turn, on the same batch with the same trainable parts."""
+    parser = flags("benchmark", "Seconds a gradient step: GPT2Model in a stock loop, and this file's loop.", batch_size=16, pretrained=0)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens a sequence, of 48 numbers each; 64 as in CIFAR-10")
+    args = parse(parser, demo={})
+    context = multiprocessing.get_context("spawn")
+    pipes, seconds, rates = {}, {"stock": [], "ours": []}, []
+    for side in seconds:
+        pipes[side], child = context.Pipe()
+        context.Process(target=benchmark_side, args=(side, args, child), daemon=True).start()
+    for _ in tqdm(range(9), "rounds"):
+        for side, pipe in pipes.items():
+            pipe.send(50 if args.device.startswith("cuda") else 1)
+            seconds[side].append(pipe.recv())
+        rates.append(matmul_rate(args))
+    seconds = {side: times[1:] for side, times in seconds.items()}  # the first round warms up
+
+    # Forward, and backward to the tokens: two operations each for every frozen weight and token. None for the weights.
+    weights = sum(p.numel() for p, part in FPT(args, 48, 10).named_parts() if part in ("attn", "ff") and p.ndim == 2)
+    floor = 4 * weights * args.batch_size * args.tokens / max(rates)
+    print(f"{args.batch_size} sequences of {args.tokens} tokens, {args.model}, median of 8 rounds; ours in {args.amp} on {args.device}"
+          f"{', compiled' * args.compile}; matrix products reach {max(rates) / 1e9:,.0f} GFLOP/s\n"
+          "| loop  | s a step | samples/s | tokens/s | peak memory | of the matmul rate |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for side, times in seconds.items():
+        step = statistics.median(times)
+        pipes[side].send(None)
+        print(f"| {side:<5} | {step:8.3f} | {args.batch_size / step:9,.1f} | {args.batch_size * args.tokens / step:8,.0f} "
+              f"| {pipes[side].recv():7,.0f} MiB | {floor / step:18.0%} |")
+    pairs = [stock / ours for stock, ours in zip(seconds["stock"], seconds["ours"])]
+    print(f"stock / ours: {statistics.median(pairs):.2f} (from {min(pairs):.2f} to {max(pairs):.2f}, round by round)")
+
+
+if __name__ == "__main__":
+    benchmark()
