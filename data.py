@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
@@ -262,7 +263,7 @@ def featurise(rows):
         environments = AdditionalOutput()
         environments.AllocateBitInfoMap()
         morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
-        ids = np.zeros((molecule.GetNumAtoms(), 3), np.int32)
+        ids = torch.zeros(molecule.GetNumAtoms(), 3, dtype=torch.int32)
         for code, places in environments.GetBitInfoMap().items():
             for atom, radius in places:
                 ids[atom, radius] = 1 + code % ATOM_BUCKETS
@@ -281,20 +282,12 @@ def featurise(rows):
     # Id 1 is for tokens that the training part does not have.
     vocabulary = sorted({token for i in train for token in strings[learn[i]]})
     ids = {token: 2 + i for i, token in enumerate(vocabulary)}
-    tokens = [np.array([ids.get(token, 1) for token in string], np.int32) for string in strings]
+    tokens = [torch.tensor([ids.get(token, 1) for token in string], dtype=torch.int32) for string in strings]
     return {
-        "atoms": pad(atoms), "atom_counts": np.array([len(a) for a in atoms]),
-        "tokens": pad(tokens), "token_counts": np.array([len(t) for t in tokens]),
+        "atoms": pad_sequence(atoms, batch_first=True).numpy(), "atom_counts": np.array([len(a) for a in atoms]),
+        "tokens": pad_sequence(tokens, batch_first=True).numpy(), "token_counts": np.array([len(t) for t in tokens]),
         "labels": np.array(labels), "split": split,
     }
-
-
-def pad(rows):
-    """Arrays [length, ...] -> one array [rows, longest, ...], filled with 0."""
-    padded = np.zeros((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]), rows[0].dtype)
-    for target, row in zip(padded, rows):
-        target[:len(row)] = row
-    return padded
 
 
 def scaffold_split(scaffolds, fraction, seed=0):

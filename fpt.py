@@ -52,10 +52,7 @@ def train_parts(text):
 def flags(task, doc, **defaults):
     """The flags that all scripts share; `defaults` are the task's own choices. Returns an ArgumentParser."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
-    add = parser.add_argument
-
-    model = parser.add_argument_group("model")
-    add = model.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model", default="gpt2", help="hub name (gpt2, distilgpt2, gpt2-medium, ...) or a local folder; other text transformers that take inputs_embeds work too")
     add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
     add("--init_std", type=float, default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
@@ -63,22 +60,19 @@ def flags(task, doc, **defaults):
     add("--train", type=train_parts, default="in,out,ln,pos", help="parts that are trained: 'all', or some of in,out,ln,pos,attn,ff (input layer, output layer, norms, positions, attention, MLP); the rest stays frozen")
     add("--pool", choices=["last", "mean"], default="last", help="what the output layer reads: the last real token, as the original, or the mean over the real tokens")
     add("--dropout", type=float, default=0.0, help="probability; the original's 0.1 slows a mostly frozen model that does not overfit")
-
-    optimisation = parser.add_argument_group("optimisation")
-    add = optimisation.add_argument
+    add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=2500, help="gradient steps in all")
     add("--batch_size", type=int, default=32, help="examples a forward pass")
     add("--accumulate", type=int, default=1, help="forward passes a gradient step, for a larger batch in the same memory")
     add("--lr", type=float, default=1e-3, help="AdamW's peak learning rate; few, well-scaled weights stand a high one")
+    add("--ln_lr", type=float, default=1.0, help="learning rate of the norms, the biases and the positions, as a multiple of --lr")
     add("--warmup", type=int, default=50, help="steps of linear warm-up, then cosine down to zero; AdamW's second moments need some steps to settle")
     add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only; norms, biases and positions are not decayed")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="precision of the matrix products; auto: bf16 where the hardware has it, else fp16 with loss scaling on CUDA, fp32 on CPU")
     add("--compile", type=int, choices=[0, 1], default=None, help="torch.compile the model; None: 1 on CUDA, where fused kernels pay, 0 on CPU, where compiling takes longer than it saves")
     add("--device", default="auto", help="cuda, cuda:1, cpu, ...; auto: cuda if there is one")
     add("--seed", type=int, default=0, help="of the random weights, the data order and the augmentation; never of the splits")
-
-    evaluation = parser.add_argument_group("evaluation and files")
-    add = evaluation.add_argument
+    add = parser.add_argument_group("evaluation and files").add_argument
     add("--eval_every", type=int, default=250, help="gradient steps between two evaluations")
     add("--eval_examples", type=int, default=0, help="validation examples an evaluation reads, the same ones each time; 0: all. The test set is always read whole")
     add("--test", type=int, choices=[0, 1], default=1, help="0: leave the test set closed and end with the validation figures, for choosing hyperparameters")
@@ -101,7 +95,7 @@ def parse(parser, demo):
         saved = load_checkpoint(args.eval)["flags"]
         if saved["task"] != args.task:
             sys.exit(f"{args.eval} is a checkpoint of the task {saved['task']}, not of {args.task}")
-        here = ("eval", "out", "data", "device", "amp", "compile")  # what belongs to this machine, not to the checkpoint
+        here = ("eval", "test", "out", "data", "device", "amp", "compile")  # what belongs to this machine, not to the checkpoint
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in here})
         args = parser.parse_args(argv)
     elif args.demo:
@@ -119,12 +113,11 @@ def parse(parser, demo):
         args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
     if args.compile is None:
         args.compile = int(cuda)
-    if not args.out:
-        number = 1
-        args.out = f"runs/{args.task}"
-        while Path(args.out).exists():
-            number += 1
-            args.out = f"runs/{args.task}-{number}"
+    number = 1
+    while not args.out:
+        free = f"runs/{args.task}-{number}" if number > 1 else f"runs/{args.task}"
+        args.out = None if Path(free).exists() else free
+        number += 1
     if args.demo:
         print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
     return args
@@ -146,15 +139,18 @@ def causal_attention(module, query, key, value, attention_mask, scaling=None, dr
 AttentionInterface.register("causal", causal_attention)
 
 
+def load_config(args):
+    """The shape of --model: known here for a random member of the GPT-2 family, else read from the folder or the hub."""
+    name = args.model.removeprefix("openai-community/")
+    if name in GPT2_SIZES and not args.pretrained and not Path(args.model).is_dir():
+        return GPT2Config(**GPT2_SIZES[name])
+    return AutoConfig.from_pretrained(args.model)
+
+
 def load_core(args):
     """The transformer without its token table: pretrained, or with random weights of standard deviation init_std."""
-    folder = Path(args.model).is_dir()
-    name = args.model.removeprefix("openai-community/")
     try:
-        if name in GPT2_SIZES and not folder and not args.pretrained:
-            config = GPT2Config(**GPT2_SIZES[name])
-        else:
-            config = AutoConfig.from_pretrained(args.model)
+        config = load_config(args)
         if config.model_type == "gpt2":
             config._attn_implementation = "causal"
             config.activation_function = "gelu_pytorch_tanh"  # the same function as GPT-2's gelu_new in one fused kernel
@@ -164,7 +160,7 @@ def load_core(args):
             config.initializer_range = args.init_std
             core = AutoModel.from_config(config, dtype=torch.float32)
     except (OSError, ValueError) as error:  # what transformers raises for a silent hub and for a folder without a model
-        sys.exit(f"Cannot load --model {args.model}: it is no folder with a model in it, and the hub does not answer.\n"
+        sys.exit(f"Cannot load --model {args.model}: it is no folder with a model in it, and the hub does not give it.\n"
                  f"Use --pretrained 0 for random weights, or --model FOLDER for weights on this disk.\n({str(error).splitlines()[0]})")
     core.set_input_embeddings(None)  # our tokens come in as vectors
     for module in core.modules():
@@ -272,13 +268,13 @@ def batches(size, batch_size, seed, lengths=None):
 
 
 def adamw(args, model):
-    """AdamW over the trained parameters, with weight decay on the matrices alone."""
-    groups = {True: [], False: []}
+    """AdamW over the trained parameters: matrices decay, norms, biases and positions do not, but may learn faster."""
+    groups = [{"params": [], "weight_decay": args.weight_decay, "lr_scale": 1.0},
+              {"params": [], "weight_decay": 0.0, "lr_scale": args.ln_lr}]
     for parameter, part in model.named_parts():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and part != "pos"].append(parameter)
-    groups = [{"params": group, "weight_decay": args.weight_decay * matrix} for matrix, group in groups.items() if group]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+            groups[parameter.ndim < 2 or part == "pos"]["params"].append(parameter)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
 
 
 def update(model, optimizer, scaler):
@@ -372,16 +368,18 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
     model.train()
     feed = batches(sizes["train"], args.batch_size, args.seed, lengths and lengths["train"])
     best, waited, losses, hits = -math.inf, 0, [], torch.zeros((), device=args.device)
-    start = time.time()
+    start, input_seconds = time.time(), 0.0
     bar = tqdm(total=args.steps, desc="train", unit="step")
     for step in range(1, args.steps + 1):
         warm = min(1.0, step / max(1, args.warmup))
         past = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * past))
+            group["lr"] = group["lr_scale"] * args.lr * warm * 0.5 * (1 + math.cos(math.pi * past))
 
         for _ in range(args.accumulate):
+            before = time.time()
             tokens, real, targets = batch("train", next(feed))
+            input_seconds += time.time() - before
             with autocast(args):
                 outputs = model(tokens, real)
             loss = loss_fn(outputs, targets)
@@ -406,6 +404,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
             "train_accuracy": hits.item() / (len(losses) * len(targets)),
             **figures("validation", *infer(args, model, batch, "validation", order["validation"])),
             "train_seconds": train_end - start,
+            "input_seconds": input_seconds,  # of the training seconds: cutting, augmenting and tokenising batches
             "evaluation_seconds": time.time() - train_end,
         }
         print_table(row)
@@ -421,7 +420,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         if args.patience and waited >= args.patience:
             tqdm.write(f"No better validation {args.best} for {waited} evaluations: stopping at step {step}")
             break
-        losses, start = [], time.time()
+        losses, start, input_seconds = [], time.time(), 0.0
         hits.zero_()
     bar.close()
 
@@ -437,8 +436,8 @@ class StockFPT(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        config = GPT2Config(**GPT2_SIZES[args.model], attn_implementation="eager")
-        self.core = AutoModel.from_config(config)
+        config = load_config(args)
+        self.core = AutoModel.from_config(config, attn_implementation="eager")
         self.input, self.output = nn.Linear(48, config.n_embd), nn.Linear(config.n_embd, 10)
         for name, parameter in self.core.named_parameters():
             parameter.requires_grad = "ln" in name or "wpe" in name

@@ -106,6 +106,14 @@ def test_logits_equal_a_plain_gpt2(gpt2, pool):
     torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("time", [1, 7, 600])
+def test_causal_attention_against_its_definition(time):
+    query, key, value = (torch.randn(2, 3, time, 8) for _ in "qkv")
+    heads, _ = fpt.causal_attention(None, query, key, value, None, scaling=0.3)
+    scores = (query @ key.transpose(2, 3) * 0.3).masked_fill(torch.ones(time, time).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(heads, (scores.softmax(-1) @ value).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 def tiny_folder(family, folder):
     import transformers
 
@@ -192,7 +200,7 @@ def test_a_run_learns_and_its_log_is_complete(gpt2, tmp_path, capsys):
     _, result = toy(args)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines[:-1]] == [50, 100, 150, 200]
-    for name in "train_loss train_loss_start train_loss_final validation_loss validation_accuracy train_accuracy train_seconds evaluation_seconds".split():
+    for name in "train_loss train_loss_start train_loss_final validation_loss validation_accuracy train_accuracy train_seconds input_seconds evaluation_seconds".split():
         assert isinstance(lines[0][name], float), name
     assert lines[-1]["test_accuracy"] == result["test_accuracy"] > result["dummy_accuracy"] + 0.2
     assert vars(args).items() <= lines[-1].items()
@@ -262,6 +270,13 @@ def test_half_precision_trains_as_fp32_does(gpt2, tmp_path, amp):
     assert results[amp]["test_loss"] == pytest.approx(results["fp32"]["test_loss"], abs=0.15)
 
 
+def test_a_compiled_model_is_the_same_model(gpt2, tmp_path):
+    plain, _ = toy(toy_flags(gpt2, tmp_path / "a", "--steps", 3))
+    compiled, _ = toy(toy_flags(gpt2, tmp_path / "b", "--steps", 3, "--compile", 1))
+    for (name, one), two in zip(plain.named_parameters(), compiled.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(gpt2, tmp_path):
     with pytest.raises(SystemExit, match="no longer finite"):
         toy(toy_flags(gpt2, tmp_path / "run", "--lr", 1e30, "--warmup", 0))
@@ -274,6 +289,14 @@ def test_learning_rate_warms_up_and_decays(gpt2, tmp_path, monkeypatch):
     toy(toy_flags(gpt2, tmp_path / "run", "--steps", 25, "--warmup", 5, "--lr", 0.01))
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     assert rates[14] == pytest.approx(0.005) and rates[-1] == pytest.approx(0)
+
+
+def test_norms_and_positions_can_learn_faster_and_do_not_decay(gpt2):
+    model = fpt.FPT(flags("--model", gpt2, "--ln_lr", 4), 4, 3)
+    matrices, others = fpt.adamw(flags("--ln_lr", 4, "--weight_decay", 0.1), model).param_groups
+    assert {id(p) for p in matrices["params"]} == {id(model.input.weight), id(model.output.weight)}
+    assert (matrices["lr_scale"], matrices["weight_decay"], others["lr_scale"], others["weight_decay"]) == (1, 0.1, 4, 0)
+    assert len(others["params"]) == 2 + 1 + 2 * 5  # two biases, the positions, weight and bias of five norms
 
 
 def test_batches_cover_an_epoch_and_group_lengths():
@@ -308,6 +331,14 @@ def test_a_hub_out_of_reach_and_an_empty_folder_are_explained(tmp_path, monkeypa
 def test_in_a_notebook_the_kernels_own_arguments_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel-1.json"])
     assert fpt.parse(fpt.flags("test", "a test"), demo={}).steps == 2500
+
+
+def test_the_benchmark_prints_both_loops_and_their_ratio(gpt2):
+    run = run_script("fpt", "--device", "cpu", "--amp", "fp32", "--model", gpt2, "--batch_size", 1, "--tokens", 4)
+    assert run.returncode == 0, run.stderr
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in run.stdout.splitlines() if line.startswith("| ")}
+    assert float(rows["stock"][0]) > 0 and float(rows["ours"][0]) > 0
+    assert "MiB" in rows["ours"][3] and "stock / ours:" in run.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,6 +542,9 @@ def test_the_real_cyp3a4_has_the_published_split(tmp_path):
     labels = {split: splits[split][4] for split in ("train", "validation", "test")}
     assert len(labels["train"]) + len(labels["validation"]) == 9862 and len(labels["test"]) == 2466
     assert sum(int(part.sum()) for part in labels.values()) == 5110
+    # The rows of the test part as PyTDC 1.1.15's own create_scaffold_split(df, 0, [0.8, 0.2, 0], "Drug") gives them.
+    rows = np.flatnonzero(np.load(tmp_path / "cyp3a4_veith.npz")["split"] == 2)
+    assert hashlib.sha256(",".join(map(str, rows)).encode()).hexdigest() == "883f4b4070a15886f17e6f57b29941e72cde3500934ab23d3b0ca3e9a7b401e0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

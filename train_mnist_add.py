@@ -13,10 +13,10 @@ import fpt
 
 
 def main():
-    parser = fpt.flags("mnist_add", __doc__, steps=3000, batch_size=64, eval_every=250, eval_examples=2000, in_gain=0.3, init_std=0.08)
+    parser = fpt.flags("mnist_add", __doc__, steps=8000, batch_size=128, lr=3e-3, ln_lr=4.0, eval_every=500, eval_examples=2000, in_gain=0.05, init_std=0.08)
     parser.add_argument("--n", type=int, default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
     parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
-    args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=64, eval_every=40))
+    args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
 
     digits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.mnist(args.data, args.demo).items()}
     fixed = {split: data.sum_indices(len(digits[split][0]), args.n).to(args.device) for split in ("validation", "test")}
