@@ -560,6 +560,17 @@ def test_auroc_and_auprc_by_hand():
     assert train_cyp3a4.auprc(ties, target) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
+def test_the_likeliest_sum():
+    digits = torch.arange(10)
+    # Exact: 10 of 100 pairs, 432,457,640 of 10**10 tens. The original sampled 0.09913, 0.04434, 0.01444, 0.0047.
+    for n, share in (1, 0.1), (2, 0.1), (10, 0.043245764), (100, 0.0139), (1000, 0.0044):
+        sums = train_mnist_add.sum_distribution(digits, n)
+        assert len(sums) == 9 * n + 1 and sums.sum() == pytest.approx(1)
+        assert sums.max() == pytest.approx(share, abs=5e-5)
+    assert train_mnist_add.sum_distribution(digits, 10).argmax() == 45
+    assert train_mnist_add.sum_distribution(torch.tensor([7, 7, 1]), 3).argmax() in (15, 21)
+
+
 def test_patches_are_squares_in_reading_order():
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     images = torch.stack([rows, columns, rows * 0 + 7], 2)[None]

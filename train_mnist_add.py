@@ -31,12 +31,6 @@ def main():
         tokens = (images[chosen].flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels
         return tokens, None, labels[chosen].sum(1)
 
-    # How likely each sum is: the distribution of one training digit, convolved n times with itself.
-    digit = np.bincount(digits["train"][1].cpu(), minlength=10) / len(digits["train"][1])
-    sums = np.ones(1)
-    for _ in range(args.n):
-        sums = np.convolve(sums, digit)
-
     if args.loss == "ce":
         outputs, loss_fn, predict = 9 * args.n + 1, F.cross_entropy, lambda outputs: outputs.argmax(-1)
     else:  # in units of the spread of the sums, so that --lr means the same for every n
@@ -46,13 +40,23 @@ def main():
         def loss_fn(outputs, targets):
             return F.mse_loss(outputs[:, 0], (targets - mean) / spread)
 
-    def errors(outputs, targets):
+    def errors(outputs, targets):  # of the predicted sum, a whole number with either loss
         error = (predict(outputs) - targets).float()
         return {"mae": error.abs().mean().item(), "mse": error.square().mean().item()}
 
     model = fpt.FPT(args, inputs=28 * 28, outputs=outputs)
     sizes = {split: len(images) for split, (images, _) in digits.items()}
-    return fpt.fit(args, model, batch, sizes, dummy=int(sums.argmax()), loss_fn=loss_fn, predict=predict, metrics=errors)
+    return fpt.fit(args, model, batch, sizes, dummy=int(sum_distribution(digits["train"][1], args.n).argmax()),
+                   loss_fn=loss_fn, predict=predict, metrics=errors)
+
+
+def sum_distribution(labels, n):
+    """How likely each sum 0..9n of n digits is when digits come as often as in labels: float [9n + 1]."""
+    digit = np.bincount(labels.cpu(), minlength=10) / len(labels)
+    sums = np.ones(1)
+    for _ in range(n):
+        sums = np.convolve(sums, digit)
+    return sums
 
 
 if __name__ == "__main__":
