@@ -81,6 +81,7 @@ def flags(task, doc, **defaults):
     add("--data", default="data", help="folder of the data sets, downloaded and decoded there on first use")
     add("--out", default=None, help=f"folder of log.jsonl and best.pt; None: the next free runs/{task}, runs/{task}-2, ...")
     add("--eval", default=None, metavar="PATH", help="evaluate this checkpoint on the test set instead of training; it brings its own flags")
+    add("--init", default=None, metavar="PATH", help="start from the trained parts of this checkpoint, with a new optimizer and schedule, to train longer than was planned")
     add("--demo", type=int, choices=[0, 1], default=0, help="1: a few hundred generated examples and a short run, no network; the result says nothing about the real task")
 
     parser.set_defaults(task=task, **defaults)
@@ -339,20 +340,26 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         result = {"loss": loss_fn(outputs, targets).item(), "accuracy": accuracy.item(), **metrics(outputs, targets)}
         return {f"{split}_{name}": value for name, value in result.items()}
 
-    def finish(path):
+    def load(path):
         checkpoint = load_checkpoint(path)
         if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
             sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
         model.load_state_dict(checkpoint["trained"], strict=False)
+        return checkpoint["step"]
+
+    def finish(path):
+        step = load(path)
         split = "test" if args.test else "validation"
         outputs, targets = infer(args, model, batch, split, order[split])
         result = figures(split, outputs, targets) | {"dummy_accuracy": (targets == dummy).float().mean().item(), **counts,
-                                                     "step": checkpoint["step"], "generated_data": bool(args.demo)}
+                                                     "step": step, "generated_data": bool(args.demo)}
         print_table(result)
         return result
 
     if args.eval:
         return finish(args.eval)
+    if args.init:
+        load(args.init)
     out = Path(args.out)
     if (out / "log.jsonl").exists():
         sys.exit(f"{out} already holds a run: choose another --out, or delete it")

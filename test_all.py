@@ -228,6 +228,14 @@ def test_eval_gives_the_trained_models_result_and_writes_nothing(gpt2, tmp_path)
         toy(flags("--eval", tmp_path / "run" / "best.pt", "--seed", 4))
 
 
+def test_init_goes_on_from_a_checkpoint(gpt2, tmp_path):
+    _, first = toy(toy_flags(gpt2, tmp_path / "first"))
+    _, same = toy(toy_flags(gpt2, tmp_path / "same", "--init", tmp_path / "first" / "best.pt", "--lr", 0))
+    assert same["test_loss"] == first["test_loss"]
+    _, longer = toy(toy_flags(gpt2, tmp_path / "longer", "--init", tmp_path / "first" / "best.pt", "--steps", 100))
+    assert longer["test_loss"] < first["test_loss"]
+
+
 def test_the_best_checkpoint_is_tested_and_patience_ends_the_run(gpt2, tmp_path, monkeypatch):
     scores = iter([0.5, 0.9, 0.7, 0.6, 0.5])
     infer = fpt.infer
