@@ -331,7 +331,8 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
     counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
               "total_parameters": sum(parameter.numel() for parameter in model.parameters())}
     order = {split: torch.arange(size) for split, size in sizes.items()}
-    order["validation"] = order["validation"][:args.eval_examples or None]
+    if args.eval_examples:  # a random part: the official lists are sorted by word
+        order["validation"] = torch.randperm(sizes["validation"], generator=torch.Generator().manual_seed(0))[:args.eval_examples]
     if lengths:  # like lengths go together, so that little of a batch is padding
         order = {split: index[lengths[split][index].argsort()] for split, index in order.items()}
 

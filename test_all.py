@@ -255,6 +255,16 @@ def test_the_best_checkpoint_is_tested_and_patience_ends_the_run(gpt2, tmp_path,
     assert all(torch.equal(seen[1][1][name], p) for name, p in seen[-1][1].items())
 
 
+def test_eval_examples_are_a_random_part_and_the_same_every_time(gpt2, tmp_path, monkeypatch):
+    seen = []
+    infer = fpt.infer
+    monkeypatch.setattr(fpt, "infer", lambda *a: (seen.append((a[3], a[4])), infer(*a))[1])
+    toy(toy_flags(gpt2, tmp_path / "run", "--eval_examples", 10, "--seed", 5))
+    (_, first), (_, second), (split, whole) = seen
+    assert torch.equal(first, second) and len(set(first.tolist())) == 10 and first.max() > 15
+    assert split == "test" and len(whole) == 60
+
+
 def test_a_run_is_not_overwritten(gpt2, tmp_path):
     toy(toy_flags(gpt2, tmp_path / "run", "--steps", 1))
     with pytest.raises(SystemExit, match="already holds a run"):
@@ -656,3 +666,12 @@ def test_help_explains_every_flag(script):
     options = [line for line in run.stdout.splitlines() if line.startswith("  --")]
     assert len(options) > 25
     assert "(default:" in run.stdout
+
+
+def test_speech_is_shifted_and_nothing_is_added():
+    import train_speech
+
+    waves = torch.arange(100.0).expand(50, 100)
+    moved = train_speech.shift(waves, 10)
+    assert torch.equal(moved.sort(1).values, waves)
+    assert set(moved[:, 50].tolist()) <= set(range(40, 61)) and len(set(moved[:, 50].tolist())) > 5
