@@ -13,9 +13,14 @@ import os
 import pickle
 import random
 import re
+import shutil
 import sys
+import tarfile
 import wave
+import zipfile
+import zlib
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
-SPEECH_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"  # the address torchaudio has a sha256 for
+SPEECH_URL = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
+SPEECH_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"  # as torchaudio has it
 SPEECH_RATE = 16000  # samples a second
 
 
@@ -33,6 +39,33 @@ def save_cache(path, **arrays):
     aside = path.with_suffix(".tmp.npz")
     np.savez(aside, **arrays)
     os.replace(aside, path)
+
+
+def load_cache(path):
+    try:
+        return dict(np.load(path))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        sys.exit(f"{path} cannot be read ({error}): delete it, it will be made anew")
+
+
+@contextmanager
+def fetching(files, folder):
+    """A server out of reach, an altered archive or a broken file end as one line that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, tarfile.TarError) as error:
+        sys.exit(f"Cannot get {files}: {' '.join(str(error).split())}. Without a network put {files} into {folder}; if something broken is there, "
+                 "delete it; --demo 1 runs without any download")
+
+
+def read_image(path, mode, side):
+    """An image file -> uint8 [side, side] of mode "L" or [side, side, 3] of "RGB", resized."""
+    from PIL import Image
+
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert(mode).resize((side, side))))
+    except OSError as error:
+        sys.exit(f"{path} is no image that can be read: {error}")
 
 
 def hold_out(x, y, size):
@@ -59,9 +92,10 @@ def cifar10(folder, demo=False):
                 "test_list": [(name, None) for name, _ in CIFAR10.test_list],
                 "meta": CIFAR10.meta | {"md5": None},
             })
-        train, test = (CIFAR10(folder, train=part, download=not demo) for part in (True, False))
+        with fetching(CIFAR10.filename, folder):
+            train, test = (CIFAR10(folder, train=part, download=not demo) for part in (True, False))
         save_cache(cache, train_x=train.data, train_y=np.uint8(train.targets), test_x=test.data, test_y=np.uint8(test.targets))
-    arrays = np.load(cache)
+    arrays = load_cache(cache)
     x, y, test_x, test_y = (torch.from_numpy(arrays[name]) for name in ("train_x", "train_y", "test_x", "test_y"))
     train, validation = hold_out(x, y.long(), len(x) // 10)
     return {"train": train, "validation": validation, "test": (test_x, test_y.long())}
@@ -95,7 +129,8 @@ def mnist(folder, demo=False):
     folder = Path(folder) / "demo" if demo else Path(folder)
     if demo:
         demo_mnist(folder)
-    train, test = (MNIST(folder, train=part, download=not demo) for part in (True, False))
+    with fetching("the four files *-ubyte", folder / "MNIST" / "raw"):
+        train, test = (MNIST(folder, train=part, download=not demo) for part in (True, False))
     train, validation = hold_out(train.data, train.targets, len(train.data) // 12)
     return {"train": train, "validation": validation, "test": (test.data, test.targets)}
 
@@ -137,22 +172,34 @@ def speech_commands(folder, demo=False):
 
     folder = Path(folder) / "demo" if demo else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    root, archive = folder / "SpeechCommands" / "speech_commands_v0.02", folder / "speech_commands_v0.02.tar.gz"
     if demo:
         demo_speech(folder)
-    lists = {"train": "training", "validation": "validation", "test": "testing"}
-    sets = {split: SPEECHCOMMANDS(folder, SPEECH_URL, download=not demo, subset=name) for split, name in lists.items()}
-    root = folder / "SpeechCommands" / "speech_commands_v0.02"
+    with fetching(f"{archive.name} (or its folders as {root})", folder):
+        if not root.exists():
+            if not archive.exists():
+                torch.hub.download_url_to_file(SPEECH_URL, str(archive), SPEECH_SHA256)
+            with tarfile.open(archive) as tar:
+                for member in tqdm(tar, "unpack", unit="file"):
+                    tar.extract(member, root.with_name("unpacking"), filter="data")  # nothing outside this folder
+            root.with_name("unpacking").rename(root)
+        lists = {"train": "training", "validation": "validation", "test": "testing"}
+        sets = {split: SPEECHCOMMANDS(folder, "speech_commands_v0.02", subset=name) for split, name in lists.items()}
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    if len(classes) != 35 and not demo:
+        print(f"{root} holds {len(classes)} of the 35 words: the result is comparable only to others on these")
     clips = []  # (split, file, word)
     for split, subset in sets.items():
         for i in range(len(subset)):
             name, _, word, _, _ = subset.get_metadata(i)
             if word in classes:  # a list names all 35 words, whichever are here
                 clips.append((split, root.parent / name, word))
+    if len(classes) < 2 or len({split for split, _, _ in clips}) < 3:
+        sys.exit(f"{root} must hold two words at least and clips for all three splits; it has {len(classes)} words, {len(clips)} clips")
 
     cache = folder / "speech_commands.npz"
     names = hashlib.sha256("\n".join(str(path.relative_to(folder)) for _, path, _ in clips).encode()).hexdigest()
-    if not cache.exists() or str(np.load(cache)["names"]) != names:
+    if not cache.exists() or str(load_cache(cache)["names"]) != names:
         missing = [str(path) for _, path, _ in clips if not path.exists()]
         if missing:
             sys.exit(f"{len(missing)} clips that the official lists name are missing, {missing[0]} the first: "
@@ -162,7 +209,7 @@ def speech_commands(folder, demo=False):
             samples = read_wav(path)[:SPEECH_RATE]
             row[:len(samples)] = samples
         save_cache(cache, waves=waves, names=names)
-    waves = torch.from_numpy(np.load(cache)["waves"])
+    waves = torch.from_numpy(load_cache(cache)["waves"])
     labels = torch.tensor([classes.index(word) for _, _, word in clips])
     parts = {split: torch.tensor([part == split for part, _, _ in clips]) for split in lists}
     return {split: (waves[part], labels[part]) for split, part in parts.items()} | {"classes": classes}
@@ -170,11 +217,15 @@ def speech_commands(folder, demo=False):
 
 def read_wav(path):
     """Mono 16-bit PCM at 16 kHz -> int16 [samples]."""
-    with wave.open(str(path)) as file:
-        form = file.getnchannels(), file.getsampwidth(), file.getframerate()
-        if form != (1, 2, SPEECH_RATE):
-            sys.exit(f"{path}: {form[0]} channels of {8 * form[1]} bits at {form[2]} Hz, where mono, 16 bits, {SPEECH_RATE} Hz is needed")
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    try:
+        with wave.open(str(path)) as file:
+            form = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2" if form[1] == 2 else "i1")
+    except (OSError, EOFError, wave.Error) as error:
+        sys.exit(f"{path} is no wav file that can be read: {error}")
+    if form != (1, 2, SPEECH_RATE) or not len(samples):
+        sys.exit(f"{path}: {len(samples)} samples, {form[0]} channels of {8 * form[1]} bits at {form[2]} Hz, where mono, 16 bits, {SPEECH_RATE} Hz is needed")
+    return samples
 
 
 def demo_speech(folder):
@@ -206,7 +257,7 @@ def demo_speech(folder):
 
 # ---- CYP3A4 inhibition ---------------------------------------------------------------------------------------------
 SMILES_TOKEN = re.compile(r"\[[^]]+]|Br|Cl|%\d\d|.")
-ATOM_BUCKETS = 4096
+BUCKETS = 4096
 
 
 def cyp3a4(folder, demo=False):
@@ -214,9 +265,7 @@ def cyp3a4(folder, demo=False):
     https://tdcommons.ai/single_pred_tasks/adme/#cyp-p450-3a4-inhibition-veith-et-al; checked by its counts.
 
     Each split is (atoms int32 [n, atoms, 3], atom counts int64 [n], SMILES tokens int32 [n, tokens], token counts
-    int64 [n], labels int64 [n], 1 for an inhibitor). Ids start at 1, 0 pads. An atom's three ids are its Morgan
-    environments of radius 0, 1 and 2, hashed into 4,096 buckets. "sizes" is the number of ids of both kinds.
-    The test part is TDC's scaffold split (9,862 / 2,466 molecules); validation is a scaffold split of the training
+    int64 [n], labels int64 [n], 1 for an inhibitor); for the ids see molecule_ids(). The test part is TDC's scaffold split (9,862 / 2,466 molecules); validation is a scaffold split of the training
     part (0.9 / 0.1), so that no ring system is in two parts.
     """
     folder = Path(folder) / "demo" if demo else Path(folder)
@@ -225,67 +274,80 @@ def cyp3a4(folder, demo=False):
     if demo:
         demo_cyp3a4(path)
     elif not path.exists():
-        torch.hub.download_url_to_file(CYP3A4_URL, str(path))
+        with fetching(f"{CYP3A4_URL} as {path.name}", folder):
+            torch.hub.download_url_to_file(CYP3A4_URL, str(path))
     content = path.read_bytes()
     cache = folder / "cyp3a4_veith.npz"
     digest = hashlib.sha256(content).hexdigest()
-    if not cache.exists() or str(np.load(cache)["digest"]) != digest:
-        rows = list(csv.DictReader(content.decode().splitlines(), delimiter="\t"))
-        if not rows or not {"Drug", "Y"} <= set(rows[0]):
-            sys.exit(f"{path} is not the tab-separated table with the columns Drug_ID, Drug and Y: delete it, it will be downloaded again")
-        inhibitors = sum(float(row["Y"]) == 1 for row in rows)
-        if not demo and (len(rows), inhibitors) != (12328, 5110):
-            sys.exit(f"{path} has {len(rows):,} molecules, {inhibitors:,} of them inhibitors, where 12,328 and 5,110 are expected: delete it, it will be downloaded again")
+    if not cache.exists() or str(load_cache(cache)["digest"]) != digest:
+        try:
+            rows = list(csv.DictReader(content.decode().splitlines(), delimiter="\t"))
+            counts = len(rows), sum(float(row["Y"]) == 1 for row in rows)
+            rows[0]["Drug"]
+        except (ValueError, LookupError, TypeError) as error:
+            sys.exit(f"{path} is not the tab-separated table with the columns Drug_ID, Drug and Y ({error!r}): delete it, it will be downloaded again")
+        if not demo and counts != (12328, 5110):
+            sys.exit(f"{path} has {counts[0]:,} molecules, {counts[1]:,} of them inhibitors, where 12,328 and 5,110 are expected: delete it, it will be downloaded again")
         save_cache(cache, digest=digest, **featurise(rows))
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(cache).items() if name != "digest"}
+    arrays = {name: torch.from_numpy(array) for name, array in load_cache(cache).items() if name != "digest"}
     splits = {}
     for code, split in enumerate(("train", "validation", "test")):
         part = arrays["split"] == code
         splits[split] = tuple(arrays[name][part] for name in ("atoms", "atom_counts", "tokens", "token_counts", "labels"))
-    return splits | {"sizes": {"atoms": ATOM_BUCKETS + 1, "smiles": int(arrays["tokens"].max()) + 1}}
+    return splits
+
+
+def molecule_ids(smiles):
+    """A SMILES string -> (atom ids int32 [atoms, 3], token ids int32 [tokens], RDKit molecule), or None if unreadable.
+
+    An atom's three ids are its Morgan environments of radius 0, 1 and 2 (0 where the molecule ends before); a token is
+    an atom, bond, branch or ring number of the string. Both are hashed to 1..BUCKETS; 0 pads.
+    """
+    from rdkit import Chem, RDLogger
+    from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
+
+    RDLogger.DisableLog("rdApp.*")
+    molecule = Chem.MolFromSmiles(smiles)
+    if molecule is None or not molecule.GetNumAtoms():
+        return None
+    # Redundant environments are kept: every atom has one for each radius, as far as the molecule reaches.
+    morgan = GetMorganGenerator(radius=2, includeRedundantEnvironments=True)
+    environments = AdditionalOutput()
+    environments.AllocateBitInfoMap()
+    morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
+    atoms = torch.zeros(molecule.GetNumAtoms(), 3, dtype=torch.int32)
+    for code, places in environments.GetBitInfoMap().items():
+        for atom, radius in places:
+            atoms[atom, radius] = 1 + code % BUCKETS
+    tokens = [1 + zlib.crc32(token.encode()) % BUCKETS for token in SMILES_TOKEN.findall(smiles)]
+    return atoms, torch.tensor(tokens, dtype=torch.int32), molecule
 
 
 def featurise(rows):
     """Rows with Drug (a SMILES string) and Y -> the arrays of cyp3a4(), and split: 0 train, 1 validation, 2 test."""
-    from rdkit import Chem, RDLogger
-    from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
-    RDLogger.DisableLog("rdApp.*")
-    # Redundant environments are kept: every atom has one for each radius, as far as the molecule reaches.
-    morgan = GetMorganGenerator(radius=2, includeRedundantEnvironments=True)
-    atoms, strings, labels, scaffolds, unreadable = [], [], [], [], []
+    atoms, tokens, labels, scaffolds, unreadable = [], [], [], [], []
     for row in tqdm(rows, "featurise molecules"):
-        molecule = Chem.MolFromSmiles(row["Drug"])
-        if molecule is None or not molecule.GetNumAtoms():
+        ids = molecule_ids(row["Drug"])
+        if ids is None:
             unreadable.append(row["Drug"])
             continue
-        environments = AdditionalOutput()
-        environments.AllocateBitInfoMap()
-        morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
-        ids = torch.zeros(molecule.GetNumAtoms(), 3, dtype=torch.int32)
-        for code, places in environments.GetBitInfoMap().items():
-            for atom, radius in places:
-                ids[atom, radius] = 1 + code % ATOM_BUCKETS
-        atoms.append(ids)
-        strings.append(SMILES_TOKEN.findall(row["Drug"]))
+        atoms.append(ids[0])
+        tokens.append(ids[1])
         labels.append(int(float(row["Y"])))
-        scaffolds.append(MurckoScaffoldSmiles(mol=molecule, includeChirality=False))
+        scaffolds.append(MurckoScaffoldSmiles(mol=ids[2], includeChirality=False))
     if unreadable:
         tqdm.write(f"{len(unreadable)} SMILES that RDKit cannot read are left out: {' '.join(unreadable)}")
 
     learn, test = scaffold_split(scaffolds, 0.8)
-    train, validation = scaffold_split([scaffolds[i] for i in learn], 0.9)
+    _, validation = scaffold_split([scaffolds[i] for i in learn], 0.9)
     split = np.zeros(len(atoms), np.int64)
     split[[learn[i] for i in validation]] = 1
     split[test] = 2
-    # Id 1 is for tokens that the training part does not have.
-    vocabulary = sorted({token for i in train for token in strings[learn[i]]})
-    ids = {token: 2 + i for i, token in enumerate(vocabulary)}
-    tokens = [torch.tensor([ids.get(token, 1) for token in string], dtype=torch.int32) for string in strings]
     return {
-        "atoms": pad_sequence(atoms, batch_first=True).numpy(), "atom_counts": np.array([len(a) for a in atoms]),
-        "tokens": pad_sequence(tokens, batch_first=True).numpy(), "token_counts": np.array([len(t) for t in tokens]),
+        "atoms": pad_sequence(atoms, batch_first=True).numpy(), "atom_counts": np.array([len(ids) for ids in atoms]),
+        "tokens": pad_sequence(tokens, batch_first=True).numpy(), "token_counts": np.array([len(ids) for ids in tokens]),
         "labels": np.array(labels), "split": split,
     }
 

@@ -12,19 +12,30 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import signal
 import statistics
 import sys
 import time
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModel, GPT2Config
 
 PARTS = ("in", "out", "ln", "pos", "attn", "ff")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+
+# Flags that belong to a machine or a call, not to a run: a checkpoint does not bring them along.
+OF_THIS_CALL = ("data", "out", "device", "compile", "resume", "eval", "predict", "test", "wandb")
 
 # The sizes of the GPT-2 family, so that random weights need no network.
 GPT2_SIZES = {
@@ -41,6 +52,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show every default, and the script's docstring as it was written."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")  # one line, not thirty of usage
+
+
 def train_parts(text):
     """'in,out,ln' -> the same text, checked; 'all' stands for every part."""
     unknown = set(text.split(",")) - set(PARTS)
@@ -49,39 +65,54 @@ def train_parts(text):
     return text
 
 
+def number(kind, least, below=math.inf):
+    """A checked type for argparse: int or float, from `least` on, below `below`."""
+    def parse_number(text):
+        value = kind(text)
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number from {least} on" + f" and below {below}" * (below < math.inf))
+        return value
+
+    parse_number.__name__ = kind.__name__  # what argparse calls it when the text is no number at all
+    return parse_number
+
+
 def flags(task, doc, **defaults):
     """The flags that all scripts share; `defaults` are the task's own choices. Returns an ArgumentParser."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser = Parser(description=doc, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="gpt2", help="hub name (gpt2, distilgpt2, gpt2-medium, ...) or a local folder; other text transformers that take inputs_embeds work too")
     add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
-    add("--init_std", type=float, default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
-    add("--in_gain", type=float, default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
+    add("--init_std", type=number(float, 0), default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
+    add("--in_gain", type=number(float, 0), default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
     add("--train", type=train_parts, default="in,out,ln,pos", help="parts that are trained: 'all', or some of in,out,ln,pos,attn,ff (input layer, output layer, norms, positions, attention, MLP); the rest stays frozen")
     add("--pool", choices=["last", "mean"], default="last", help="what the output layer reads: the last real token, as the original, or the mean over the real tokens")
-    add("--dropout", type=float, default=0.0, help="probability; the original's 0.1 slows a mostly frozen model that does not overfit")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help="probability; the original's 0.1 slows a mostly frozen model that does not overfit")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, default=2500, help="gradient steps in all")
-    add("--batch_size", type=int, default=32, help="examples a forward pass")
-    add("--accumulate", type=int, default=1, help="forward passes a gradient step, for a larger batch in the same memory")
-    add("--lr", type=float, default=1e-3, help="AdamW's peak learning rate; few, well-scaled weights stand a high one")
-    add("--ln_lr", type=float, default=1.0, help="learning rate of the norms, the biases and the positions, as a multiple of --lr")
-    add("--warmup", type=int, default=50, help="steps of linear warm-up, then cosine down to zero; AdamW's second moments need some steps to settle")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only; norms, biases and positions are not decayed")
+    add("--steps", type=number(int, 1), default=2500, help="gradient steps in all")
+    add("--batch_size", type=number(int, 1), default=32, help="examples a forward pass, of all processes together under torchrun")
+    add("--accumulate", type=number(int, 1), default=1, help="forward passes a gradient step, for a larger batch in the same memory")
+    add("--lr", type=number(float, 0), default=1e-3, help="AdamW's peak learning rate; few, well-scaled weights stand a high one")
+    add("--ln_lr", type=number(float, 0), default=1.0, help="learning rate of the norms, the biases and the positions, as a multiple of --lr")
+    add("--warmup", type=number(int, 0), default=50, help="steps of linear warm-up, then cosine down to zero; AdamW's second moments need some steps to settle")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices only; norms, biases and positions are not decayed")
     add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="precision of the matrix products; auto: bf16 where the hardware has it, else fp16 with loss scaling on CUDA, fp32 on CPU")
     add("--compile", type=int, choices=[0, 1], default=None, help="torch.compile the model; None: 1 on CUDA, where fused kernels pay, 0 on CPU, where compiling takes longer than it saves")
     add("--device", default="auto", help="cuda, cuda:1, cpu, ...; auto: cuda if there is one")
-    add("--seed", type=int, default=0, help="of the random weights, the data order and the augmentation; never of the splits")
+    add("--seed", type=number(int, 0), default=0, help="of the random weights, the data order and the augmentation; never of the splits")
     add = parser.add_argument_group("evaluation and files").add_argument
-    add("--eval_every", type=int, default=250, help="gradient steps between two evaluations")
-    add("--eval_examples", type=int, default=0, help="validation examples an evaluation reads, the same ones each time; 0: all. The test set is always read whole")
+    add("--eval_every", type=number(int, 1), default=250, help="gradient steps between two evaluations")
+    add("--eval_examples", type=number(int, 0), default=0, help="validation examples an evaluation reads, the same ones each time; 0: all. The test set is always read whole")
     add("--test", type=int, choices=[0, 1], default=1, help="0: leave the test set closed and end with the validation figures, for choosing hyperparameters")
     add("--best", choices=["loss", "accuracy"], default="accuracy", help="which validation figure picks the checkpoint that is tested")
-    add("--patience", type=int, default=0, help="stop after so many evaluations without a better one; 0: never")
+    add("--patience", type=number(int, 0), default=0, help="stop after so many evaluations without a better one; 0: never")
     add("--data", default="data", help="folder of the data sets, downloaded and decoded there on first use")
-    add("--out", default=None, help=f"folder of log.jsonl and best.pt; None: the next free runs/{task}, runs/{task}-2, ...")
+    add("--out", default=None, help=f"folder of log.jsonl, best.pt and last.pt; None: the next free runs/{task}, runs/{task}-2, ...; with --resume 1 the latest of them")
+    add("--resume", type=int, choices=[0, 1], default=0, help="1: go on from <out>/last.pt as if the run had never been stopped; it brings its own flags")
     add("--eval", default=None, metavar="PATH", help="evaluate this checkpoint on the test set instead of training; it brings its own flags")
     add("--init", default=None, metavar="PATH", help="start from the trained parts of this checkpoint, with a new optimizer and schedule, to train longer than was planned")
+    add("--predict", default=None, metavar="INPUT", help="print what the checkpoint of --eval says about this input (see the examples on top)")
+    add("--wandb", default=None, metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no account)")
     add("--demo", type=int, choices=[0, 1], default=0, help="1: a few hundred generated examples and a short run, no network; the result says nothing about the real task")
 
     parser.set_defaults(task=task, **defaults)
@@ -92,20 +123,43 @@ def parse(parser, demo):
     """Parse the command line; `demo` holds the smaller defaults of a --demo 1 run. Returns a Namespace."""
     argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # in a notebook, argv is the kernel's own
     args = parser.parse_args(argv)
-    if args.eval:
-        saved = load_checkpoint(args.eval)["flags"]
+    if args.predict and not args.eval:
+        parser.error("--predict needs the checkpoint that shall predict: --eval PATH")
+    if args.eval and args.resume:
+        parser.error("--eval evaluates, --resume 1 trains: choose one")
+    checkpoint = args.eval
+    if args.resume and args.out:
+        checkpoint = Path(args.out) / "last.pt"
+    elif args.resume:
+        checkpoint = max(Path("runs").glob(f"{args.task}*/last.pt"), key=os.path.getmtime, default=None)
+        if not checkpoint:
+            sys.exit(f"No run to go on with: there is no runs/{args.task}*/last.pt; name its folder with --out")
+        args.out = str(checkpoint.parent)
+    saved = {}
+    if args.eval or checkpoint and checkpoint.exists():  # a run that was stopped before its first last.pt starts again
+        saved = load_checkpoint(checkpoint)["flags"]
         if saved["task"] != args.task:
-            sys.exit(f"{args.eval} is a checkpoint of the task {saved['task']}, not of {args.task}")
-        here = ("eval", "test", "out", "data", "device", "amp", "compile")  # what belongs to this machine, not to the checkpoint
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in here})
-        args = parser.parse_args(argv)
+            sys.exit(f"{checkpoint} is a checkpoint of the task {saved['task']}, not of {args.task}")
+        here = OF_THIS_CALL + ("amp",) * bool(args.eval)  # a CUDA machine's checkpoint may be evaluated in fp32 elsewhere
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in here}, out=args.out)
     elif args.demo:
         parser.set_defaults(**demo)
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in saved.items()
+               if args.resume and name not in OF_THIS_CALL and getattr(args, name, value) != value]
+    if changed:
+        sys.exit(f"{checkpoint} was made with other flags, going on with {', '.join(changed)} would be another run: leave them out, or start anew in another --out")
 
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = args.device.startswith("cuda")
+    if cuda and WORLD > 1:
+        args.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(LOCAL_RANK)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {args.device} is not there: use --device cpu, or install a torch that sees your GPU ({one_line(error)})")
     if args.amp == "auto" and cuda:
         # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -119,9 +173,33 @@ def parse(parser, demo):
         free = f"runs/{args.task}-{number}" if number > 1 else f"runs/{args.task}"
         args.out = None if Path(free).exists() else free
         number += 1
+    if WORLD > 1:
+        if args.batch_size % WORLD:
+            parser.error(f"--batch_size {args.batch_size} is shared by {WORLD} processes: choose a multiple of {WORLD}")
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # one process prints
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # a download may take as long
+        if LOCAL_RANK:
+            dist.barrier()  # until the first process of this machine has downloaded and decoded: it comes here in fit()
     if args.demo:
         print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
     return args
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def run(main):
+    """Call main(); what a user can mend ends as one line and exit code 1, not as a traceback."""
+    try:
+        return main()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(f"Out of memory: halve --batch_size and double --accumulate, or take --model distilgpt2 ({one_line(error)})")
+    except OSError as error:  # a full disk, a folder that may not be written, a server that is gone
+        sys.exit(f"{type(error).__name__}: {one_line(error)}")
 
 
 # ---- Model ---------------------------------------------------------------------------------------------------------
@@ -161,8 +239,9 @@ def load_core(args):
             config.initializer_range = args.init_std
             core = AutoModel.from_config(config, dtype=torch.float32)
     except (OSError, ValueError) as error:  # what transformers raises for a silent hub and for a folder without a model
-        sys.exit(f"Cannot load --model {args.model}: it is no folder with a model in it, and the hub does not give it.\n"
-                 f"Use --pretrained 0 for random weights, or --model FOLDER for weights on this disk.\n({str(error).splitlines()[0]})")
+        sys.exit(f"Cannot load --model {args.model}: use --pretrained 0 for random weights, or --model FOLDER for weights on this disk ({one_line(error)})")
+    if not hasattr(core.config, "vocab_size"):
+        sys.exit(f"--model {args.model} is no text transformer but a {core.config.model_type}")
     core.set_input_embeddings(None)  # our tokens come in as vectors
     for module in core.modules():
         if isinstance(module, nn.Dropout):
@@ -296,17 +375,64 @@ def infer(args, model, batch, split, order):
     """Run the examples `order` of a split through the model. Returns outputs float32 [n, outputs] and targets [n]."""
     model.eval()
     outputs, targets = [], []
-    for index in tqdm(order.split(4 * args.batch_size), f"evaluate {split}", leave=False):
+    for index in tqdm(order[RANK::WORLD].split(4 * args.batch_size), f"evaluate {split}", leave=False, disable=RANK > 0):
         tokens, lengths, target = batch(split, index)
         with autocast(args):
             outputs.append(model(tokens, lengths))
         targets.append(target)
     model.train()
-    return torch.cat(outputs), torch.cat(targets)
+    outputs, targets = torch.cat(outputs), torch.cat(targets)
+    return (outputs, targets) if WORLD == 1 else (gather(outputs, len(order)), gather(targets, len(order)))
+
+
+def gather(part, size):
+    """Every WORLD-th row from each process -> all rows [size, ...], in order."""
+    whole = part.new_zeros(size, *part.shape[1:])
+    whole[RANK::WORLD] = part
+    dist.all_reduce(whole)
+    return whole
+
+
+def save(checkpoint, path):
+    """Write aside, flush, rename: killed at any instant, this leaves the old file or the new one, whole."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """A dict that fit() saved. weights_only: code that someone pickled into the file is refused, not run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["trained"], checkpoint["flags"], checkpoint["frozen_sum"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        sys.exit(f"{path} is no checkpoint of this project: give the path of a best.pt or last.pt ({type(error).__name__})")
+    return checkpoint
+
+
+def load_trained(args, model, path):
+    """Put the trained parts of a checkpoint into the model. Returns the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
+        sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
+    try:
+        model.load_state_dict(checkpoint["trained"], strict=False)
+    except RuntimeError as error:
+        sys.exit(f"{path} does not fit the model that these flags give: {one_line(error)}")
+    return checkpoint
+
+
+@torch.no_grad()
+def print_prediction(args, model, classes, tokens, lengths=None):
+    """Print the classes and their probabilities for one example, tokens [1, ...], the likeliest first."""
+    load_trained(args, model, args.eval)
+    model.to(args.device).eval()
+    with autocast(args):
+        probabilities = model(tokens.to(args.device), lengths)[0].softmax(-1)
+    for i in probabilities.argsort(descending=True).tolist()[:10]:
+        print(f"{probabilities[i]:7.2%}  {classes[i]}")
 
 
 def print_table(row):
@@ -315,6 +441,26 @@ def print_table(row):
     tqdm.write("\n".join([rule, *lines, rule]))
 
 
+STOP = []
+
+
+@contextmanager
+def stop_after_step():
+    """Ctrl-C and SIGTERM only ask, in STOP: fit() saves after the step it is in. Asked twice, it ends at once."""
+    def ask(number, frame):
+        STOP.append(number)
+        signal.signal(number, before[number])
+
+    STOP.clear()
+    before = {number: signal.signal(number, signal.SIG_IGN if RANK else ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@stop_after_step()
 def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         predict=lambda outputs: outputs.argmax(-1), metrics=lambda outputs, targets: {}):
     """Train, keep the checkpoint that is best on the validation split, and evaluate that one once on the test split.
@@ -326,6 +472,8 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
     loss_fn(outputs, targets), predict(outputs) -> labels, metrics(outputs, targets) -> {name: figure}
     Returns the last line of <out>/log.jsonl as a dict.
     """
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()  # the data is there: lets the others out of parse()
     model.to(args.device)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
@@ -335,21 +483,17 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         order["validation"] = torch.randperm(sizes["validation"], generator=torch.Generator().manual_seed(0))[:args.eval_examples]
     if lengths:  # like lengths go together, so that little of a batch is padding
         order = {split: index[lengths[split][index].argsort()] for split, index in order.items()}
+        longest = max(int(part.max()) for part in lengths.values())
+        if longest > model.positions:
+            sys.exit(f"The longest example has {longest} tokens, --model {args.model} has {model.positions} positions: take a model with more")
 
     def figures(split, outputs, targets):
         accuracy = (predict(outputs) == targets).float().mean()
         result = {"loss": loss_fn(outputs, targets).item(), "accuracy": accuracy.item(), **metrics(outputs, targets)}
         return {f"{split}_{name}": value for name, value in result.items()}
 
-    def load(path):
-        checkpoint = load_checkpoint(path)
-        if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
-            sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
-        model.load_state_dict(checkpoint["trained"], strict=False)
-        return checkpoint["step"]
-
     def finish(path):
-        step = load(path)
+        step = load_trained(args, model, path)["step"]
         split = "test" if args.test else "validation"
         outputs, targets = infer(args, model, batch, split, order[split])
         result = figures(split, outputs, targets) | {"dummy_accuracy": (targets == dummy).float().mean().item(), **counts,
@@ -359,26 +503,70 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
 
     if args.eval:
         return finish(args.eval)
-    if args.init:
-        load(args.init)
+
+    # A new run, or what is left of one.
     out = Path(args.out)
-    if (out / "log.jsonl").exists():
-        sys.exit(f"{out} already holds a run: choose another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a", buffering=1)
+    rows, last = [], {}
+    if args.resume and (out / "last.pt").exists():
+        last = load_trained(args, model, out / "last.pt")
+        rows = last["rows"]
+        done = (out / "log.jsonl").read_text().splitlines()
+        if len(done) > len(rows) and "dummy_accuracy" in json.loads(done[-1]):
+            print(f"{out} holds a finished run")
+            return json.loads(done[-1])
+    elif not args.resume and (out / "log.jsonl").exists():
+        sys.exit(f"{out} already holds a run: go on with it (--resume 1 --out {out}), choose another --out, or delete it")
+    elif args.init:
+        load_trained(args, model, args.init)
+    if WORLD > 1:
+        dist.barrier()  # every process has looked before the first one writes
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "w", buffering=1)
+        log.writelines(row + "\n" for row in rows)
     print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}; results go to {}/"
           .format(args.task, args.amp, args.device, out, **counts))
 
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+    first, best, waited, losses, seconds, input_seconds = 1, -math.inf, 0, [], 0.0, 0.0
+    hits = torch.zeros((), device=args.device)
+    if last:
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        first, best, waited, seconds, input_seconds = last["step"] + 1, last["best"], last["waited"], last["seconds"], last["input_seconds"]
+        losses, hits = list(last["losses"].to(args.device)), last["hits"].to(args.device)
+        print(f"Going on after step {last['step']}")
+    tracker = start_wandb(args, last) if args.wandb and RANK == 0 else None
+
+    def checkpoint(**state):
+        return {"trained": {name: p.detach().cpu() for name, p in trained.items()}, "flags": vars(args),
+                "frozen_sum": model.frozen_sum, "step": step, **state}
+
+    def save_last():
+        save(checkpoint(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rows=rows, best=best, waited=waited,
+                        losses=torch.stack(losses) if losses else torch.zeros(0), hits=hits, seconds=time.time() - start,
+                        input_seconds=input_seconds, wandb=tracker and tracker.id), out / "last.pt")
+
+    def leave_if_asked():
+        if STOP:
+            save_last()
+            sys.stderr.write(f"\nStopped after step {step}. Go on: python train_{args.task}.py --resume 1 --out {out}\n")
+            sys.exit(128 + STOP[0])
+
     if args.compile:
         model.compile()
+    net = DistributedDataParallel(model) if WORLD > 1 else model
     model.train()
-    feed = batches(sizes["train"], args.batch_size, args.seed, lengths and lengths["train"])
-    best, waited, losses, hits = -math.inf, 0, [], torch.zeros((), device=args.device)
-    start, input_seconds = time.time(), 0.0
-    bar = tqdm(total=args.steps, desc="train", unit="step")
-    for step in range(1, args.steps + 1):
+    feed = islice(batches(sizes["train"], args.batch_size, args.seed, lengths and lengths["train"]), (first - 1) * args.accumulate, None)
+    start = time.time() - seconds
+    bar = tqdm(total=args.steps, initial=first - 1, desc="train", unit="step", disable=RANK > 0)
+    for step in range(first, args.steps + 1):
+        if args.patience and waited >= args.patience:
+            tqdm.write(f"No better validation {args.best} for {waited} evaluations: stopping before step {step}")
+            break
+        # Augmentation and dropout depend on the step alone, so a resumed run goes on exactly as the uninterrupted one.
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         warm = min(1.0, step / max(1, args.warmup))
         past = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
         for group in optimizer.param_groups:
@@ -386,22 +574,29 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
 
         for _ in range(args.accumulate):
             before = time.time()
-            tokens, real, targets = batch("train", next(feed))
+            tokens, real, targets = batch("train", next(feed)[RANK::WORLD])
             input_seconds += time.time() - before
             with autocast(args):
-                outputs = model(tokens, real)
+                outputs = net(tokens, real)
             loss = loss_fn(outputs, targets)
             scaler.scale(loss / args.accumulate).backward()
             losses.append(loss.detach())  # stays on the device: reading it here would make the host wait
             hits += (predict(outputs.detach()) == targets).sum()
         update(model, optimizer, scaler)
         bar.update()
+        leave_if_asked()
         if step % args.eval_every and step != args.steps:
             continue
 
-        losses = torch.stack(losses).tolist()
+        losses = torch.stack(losses)
+        if WORLD > 1:
+            dist.all_reduce(losses)
+            dist.all_reduce(hits)
+        losses = (losses / WORLD).tolist()
         if not math.isfinite(sum(losses)):
-            sys.exit(f"The training loss is no longer finite (steps up to {step}, --lr {args.lr}): try a smaller --lr or --amp fp32")
+            wrong = [math.isfinite(value) for value in losses].index(False)
+            sys.exit(f"The training loss is {losses[wrong]} at step {step - (len(losses) - 1 - wrong) // args.accumulate}, near learning rate "
+                     f"{optimizer.param_groups[0]['lr']:.2g}: try a smaller --lr, a longer --warmup or --amp fp32. The last good checkpoint is {out}/last.pt")
         train_end = time.time()
         row = {
             "iteration": math.ceil(step / args.eval_every),
@@ -409,33 +604,55 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
             "train_loss": sum(losses) / len(losses),
             "train_loss_start": losses[0],
             "train_loss_final": losses[-1],
-            "train_accuracy": hits.item() / (len(losses) * len(targets)),
+            "train_accuracy": hits.item() / (len(losses) * len(targets) * WORLD),
             **figures("validation", *infer(args, model, batch, "validation", order["validation"])),
             "train_seconds": train_end - start,
             "input_seconds": input_seconds,  # of the training seconds: cutting, augmenting and tokenising batches
             "evaluation_seconds": time.time() - train_end,
         }
+        if args.amp == "fp16":  # the optimizer counts the steps it made, the others overflowed
+            row["skipped_steps"] = step - int(max(state["step"] for state in optimizer.state.values()))
+        if not math.isfinite(row["validation_loss"]):
+            sys.exit(f"The validation loss is {row['validation_loss']} at step {step}: try a smaller --lr or --amp fp32. The last good checkpoint is {out}/last.pt")
         print_table(row)
-        log.write(json.dumps(row | {"generated_data": bool(args.demo)}) + "\n")
+        rows.append(json.dumps(row | {"generated_data": bool(args.demo)}))
         score = -row["validation_loss"] if args.best == "loss" else row["validation_accuracy"]
-        waited += 1
-        if score > best:
+        better, waited = score > best, waited + 1
+        if better:
             best, waited = score, 0
-            checkpoint = {"trained": {name: p.detach().cpu() for name, p in trained.items()}, "flags": vars(args),
-                          "frozen_sum": model.frozen_sum, "step": step}
-            torch.save(checkpoint, out / "best.pt.tmp")
-            os.replace(out / "best.pt.tmp", out / "best.pt")
-        if args.patience and waited >= args.patience:
-            tqdm.write(f"No better validation {args.best} for {waited} evaluations: stopping at step {step}")
-            break
         losses, start, input_seconds = [], time.time(), 0.0
         hits.zero_()
+        if RANK == 0:
+            log.write(rows[-1] + "\n")
+            if better:
+                save(checkpoint(), out / "best.pt")
+            save_last()
+        if tracker:
+            tracker.log(row, step=step)
+        leave_if_asked()
     bar.close()
 
-    result = finish(out / "best.pt")
-    log.write(json.dumps(result | vars(args)) + "\n")
-    log.close()
+    if WORLD > 1:
+        dist.barrier()  # best.pt is written
+    result = finish(out / "best.pt") | vars(args)
+    if RANK == 0:
+        log.write(json.dumps(result) + "\n")
+        log.close()
+    if tracker:
+        tracker.summary.update(result)
+        tracker.finish()
+    if WORLD > 1:
+        dist.destroy_process_group()
     return result
+
+
+def start_wandb(args, last):
+    """A Weights & Biases run with the flags as its config; after a kill the same run goes on."""
+    try:
+        import wandb
+    except ImportError:
+        sys.exit("--wandb needs a package that is not installed: pip install wandb")
+    return wandb.init(project=args.wandb, dir=args.out, config=vars(args), id=last.get("wandb"), resume="allow" if last else None)
 
 
 # ---- Benchmark: python fpt.py --------------------------------------------------------------------------------------

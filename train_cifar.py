@@ -3,24 +3,35 @@
     python train_cifar.py --pretrained 0                    # frozen random GPT-2
     python train_cifar.py --pretrained 0 --patch_size 8     # a quarter of the tokens, a quarter of the time
     python train_cifar.py --pretrained 0 --demo 1           # no network, about a minute
+    python train_cifar.py --eval runs/cifar/best.pt --predict cat.png
 """
 import torch
 
 import data
 import fpt
 
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
 
 def main():
     parser = fpt.flags("cifar", __doc__, steps=2500, batch_size=32, eval_every=250, eval_examples=1000, in_gain=0.3, init_std=0.08)
-    parser.add_argument("--patch_size", type=int, default=4, help="side of a patch in pixels, a divisor of 32; 4 as the original: 64 tokens of 48 numbers")
+    parser.add_argument("--patch_size", type=fpt.number(int, 1), default=4, help="side of a patch in pixels, a divisor of 32; 4 as the original: 64 tokens of 48 numbers")
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training images by up to 4 pixels and flip half of them")
     args = fpt.parse(parser, demo=dict(steps=60, eval_every=30, patch_size=8, augment=0))
-    if args.patch_size < 1 or 32 % args.patch_size:
+    if 32 % args.patch_size:
         parser.error(f"--patch_size {args.patch_size} does not divide 32")
 
-    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.cifar10(args.data, args.demo).items()}
     mean = torch.tensor([0.4914, 0.4822, 0.4465], device=args.device)  # of CIFAR-10's training pixels, by channel
     std = torch.tensor([0.2470, 0.2435, 0.2616], device=args.device)
+
+    def to_tokens(images):
+        return patches((images / 255 - mean) / std, args.patch_size)
+
+    if args.predict:
+        tokens = to_tokens(data.read_image(args.predict, "RGB", 32)[None].to(args.device))
+        return fpt.print_prediction(args, fpt.FPT(args, inputs=3 * args.patch_size ** 2, outputs=10), CLASSES, tokens)
+
+    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.cifar10(args.data, args.demo).items()}
 
     def batch(split, index):
         images, labels = splits[split]
@@ -28,7 +39,7 @@ def main():
         images = images[index]
         if split == "train" and args.augment:
             images = shift_and_flip(images)
-        return patches((images / 255 - mean) / std, args.patch_size), None, labels[index]
+        return to_tokens(images), None, labels[index]
 
     model = fpt.FPT(args, inputs=3 * args.patch_size ** 2, outputs=10)
     sizes = {split: len(images) for split, (images, _) in splits.items()}
@@ -53,4 +64,4 @@ def patches(images, size):
 
 
 if __name__ == "__main__":
-    main()
+    fpt.run(main)

@@ -3,7 +3,10 @@
     python train_cyp3a4.py --pretrained 0                      # frozen random GPT-2, an atom a token
     python train_cyp3a4.py --pretrained 0 --tokens smiles      # the letters of the SMILES string instead
     python train_cyp3a4.py --pretrained 0 --demo 1             # no network, about a minute
+    python train_cyp3a4.py --eval runs/cyp3a4/best.pt --predict "CC(=O)Nc1ccc(O)cc1"
 """
+import sys
+
 import torch
 
 import data
@@ -14,6 +17,13 @@ def main():
     parser = fpt.flags("cyp3a4", __doc__, steps=750, batch_size=32, eval_every=125, in_gain=0.02, pool="mean")
     parser.add_argument("--tokens", choices=["atoms", "smiles"], default="atoms", help="atoms: the summed embeddings of an atom's Morgan environments of radius 0, 1 and 2; smiles: the tokens of the string")
     args = fpt.parse(parser, demo=dict(steps=50, eval_every=25))
+
+    if args.predict:
+        ids = data.molecule_ids(args.predict)
+        if ids is None:
+            sys.exit(f"RDKit cannot read {args.predict} as a SMILES string")
+        model = fpt.FPT(args, inputs=data.BUCKETS + 1, outputs=2, discrete=True)
+        return fpt.print_prediction(args, model, ["no inhibitor", "inhibitor"], ids[args.tokens == "smiles"][None])
 
     sets = data.cyp3a4(args.data, args.demo)
     splits, lengths = {}, {}
@@ -32,7 +42,7 @@ def main():
         score = outputs[:, 1] - outputs[:, 0]
         return {"auroc": auroc(score, targets), "auprc": auprc(score, targets)}
 
-    model = fpt.FPT(args, inputs=sets["sizes"][args.tokens], outputs=2, discrete=True)
+    model = fpt.FPT(args, inputs=data.BUCKETS + 1, outputs=2, discrete=True)
     sizes = {split: len(labels) for split, (_, _, labels) in splits.items()}
     return fpt.fit(args, model, batch, sizes, dummy=splits["train"][2].mode().values.item(), lengths=lengths, metrics=ranking)
 
@@ -56,4 +66,4 @@ def auprc(score, target):
 
 
 if __name__ == "__main__":
-    main()
+    fpt.run(main)

@@ -3,6 +3,7 @@
     python train_mnist_add.py --pretrained 0 --n 2          # frozen random GPT-2 on sums of two digits
     python train_mnist_add.py --pretrained 0 --n 10 --loss mse
     python train_mnist_add.py --pretrained 0 --demo 1       # no network, about a minute
+    python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white digits on black
 """
 import numpy as np
 import torch
@@ -14,22 +15,12 @@ import fpt
 
 def main():
     parser = fpt.flags("mnist_add", __doc__, steps=8000, batch_size=128, lr=3e-3, ln_lr=4.0, eval_every=500, eval_examples=2000, in_gain=0.05, init_std=0.08)
-    parser.add_argument("--n", type=int, default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
+    parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
     parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
 
-    digits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.mnist(args.data, args.demo).items()}
-    fixed = {split: data.sum_indices(len(digits[split][0]), args.n).to(args.device) for split in ("validation", "test")}
-
-    def batch(split, index):
-        images, labels = digits[split]
-        if split == "train":  # each digit leads one sum an epoch; its partners are drawn anew every time
-            chosen = torch.randint(len(images), (len(index), args.n), device=args.device)
-            chosen[:, 0] = index.to(args.device, non_blocking=True)
-        else:
-            chosen = fixed[split][index.to(args.device, non_blocking=True)]
-        tokens = (images[chosen].flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels
-        return tokens, None, labels[chosen].sum(1)
+    def to_tokens(images):
+        return (images.flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels
 
     if args.loss == "ce":
         outputs, loss_fn, predict = 9 * args.n + 1, F.cross_entropy, lambda outputs: outputs.argmax(-1)
@@ -45,6 +36,26 @@ def main():
         return {"mae": error.abs().mean().item(), "mse": error.square().mean().item()}
 
     model = fpt.FPT(args, inputs=28 * 28, outputs=outputs)
+    if args.n > model.positions:
+        parser.error(f"--n {args.n} is more than the {model.positions} positions of --model {args.model}")
+    if args.predict:
+        images = torch.stack([data.read_image(path, "L", 28) for path in args.predict.split(",")])
+        if len(images) != args.n or args.loss == "mse":
+            parser.error(f"--predict takes {args.n} image files, as many as the digits this checkpoint adds, and needs --loss ce")
+        return fpt.print_prediction(args, model, range(outputs), to_tokens(images[None]))
+
+    digits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.mnist(args.data, args.demo).items()}
+    fixed = {split: data.sum_indices(len(digits[split][0]), args.n).to(args.device) for split in ("validation", "test")}
+
+    def batch(split, index):
+        images, labels = digits[split]
+        if split == "train":  # each digit leads one sum an epoch; its partners are drawn anew every time
+            chosen = torch.randint(len(images), (len(index), args.n), device=args.device)
+            chosen[:, 0] = index.to(args.device, non_blocking=True)
+        else:
+            chosen = fixed[split][index.to(args.device, non_blocking=True)]
+        return to_tokens(images[chosen]), None, labels[chosen].sum(1)
+
     sizes = {split: len(images) for split, (images, _) in digits.items()}
     return fpt.fit(args, model, batch, sizes, dummy=int(sum_distribution(digits["train"][1], args.n).argmax()),
                    loss_fn=loss_fn, predict=predict, metrics=errors)
@@ -60,4 +71,4 @@ def sum_distribution(labels, n):
 
 
 if __name__ == "__main__":
-    main()
+    fpt.run(main)

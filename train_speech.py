@@ -3,8 +3,10 @@
     python train_speech.py --pretrained 0                   # frozen random GPT-2 on log-mel frames
     python train_speech.py --pretrained 0 --tokens wave     # 80 raw samples at 8 kHz a token, as the original
     python train_speech.py --pretrained 0 --demo 1          # no network, about a minute
+    python train_speech.py --eval runs/speech/best.pt --predict clip.wav
 """
 import torch
+import torch.nn.functional as F
 import torchaudio
 
 import data
@@ -17,33 +19,35 @@ def main():
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training clips by up to 100 ms")
     args = fpt.parse(parser, demo=dict(steps=40, eval_every=20, batch_size=16))
 
-    sets = data.speech_commands(args.data, args.demo)
-    classes = sets.pop("classes")
-    splits = {split: (waves.to(args.device), labels.to(args.device)) for split, (waves, labels) in sets.items()}
-
     if args.tokens == "mel":
         spectrogram = torchaudio.transforms.MelSpectrogram(data.SPEECH_RATE, n_fft=1024, win_length=640, hop_length=320, n_mels=80).to(args.device)
 
-        def to_tokens(waves):
-            return (spectrogram(waves) + 1e-6).log().transpose(1, 2)
+        def to_tokens(waves):  # mean -6.05 and standard deviation 4.63 of training clips
+            return (((spectrogram(waves / 32768) + 1e-6).log() + 6.05) / 4.63).transpose(1, 2)
     else:
         resample = torchaudio.transforms.Resample(data.SPEECH_RATE, 8000).to(args.device)
 
         def to_tokens(waves):
-            return resample(waves).unflatten(1, (100, 80))
+            return (resample(waves / 32768) / 0.0736).unflatten(1, (100, 80))
 
-    sample = to_tokens(splits["train"][0][::len(splits["train"][0]) // 200] / 32768)
-    mean, std = sample.mean(), sample.std()  # of about 200 training clips
+    if args.predict:
+        samples = torch.from_numpy(data.read_wav(args.predict)[:data.SPEECH_RATE].copy()).to(args.device)
+        wave = F.pad(samples, (0, data.SPEECH_RATE - len(samples)))[None]
+        return fpt.print_prediction(args, fpt.FPT(args, inputs=80, outputs=len(args.classes)), args.classes, to_tokens(wave))
+
+    sets = data.speech_commands(args.data, args.demo)
+    args.classes = sets.pop("classes")  # a checkpoint keeps the flags, and with them the words
+    splits = {split: (waves.to(args.device), labels.to(args.device)) for split, (waves, labels) in sets.items()}
 
     def batch(split, index):
         waves, labels = splits[split]
         index = index.to(args.device, non_blocking=True)
-        waves = waves[index] / 32768
+        waves = waves[index]
         if split == "train" and args.augment:
             waves = shift(waves, data.SPEECH_RATE // 10)
-        return (to_tokens(waves) - mean) / std, None, labels[index]
+        return to_tokens(waves), None, labels[index]
 
-    model = fpt.FPT(args, inputs=80, outputs=len(classes))
+    model = fpt.FPT(args, inputs=80, outputs=len(args.classes))
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
     return fpt.fit(args, model, batch, sizes, dummy=splits["train"][1].mode().values.item())
 
@@ -57,4 +61,4 @@ def shift(waves, most):
 
 
 if __name__ == "__main__":
-    main()
+    fpt.run(main)
