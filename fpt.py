@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import statistics
 import sys
@@ -168,11 +169,11 @@ def parse(parser, demo):
         args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
     if args.compile is None:
         args.compile = int(cuda)
-    number = 1
+    runs = 1
     while not args.out:
-        free = f"runs/{args.task}-{number}" if number > 1 else f"runs/{args.task}"
+        free = f"runs/{args.task}-{runs}" if runs > 1 else f"runs/{args.task}"
         args.out = None if Path(free).exists() else free
-        number += 1
+        runs += 1
     if WORLD > 1:
         if args.batch_size % WORLD:
             parser.error(f"--batch_size {args.batch_size} is shared by {WORLD} processes: choose a multiple of {WORLD}")
@@ -511,7 +512,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         last = load_trained(args, model, out / "last.pt")
         rows = last["rows"]
         done = (out / "log.jsonl").read_text().splitlines()
-        if len(done) > len(rows) and "dummy_accuracy" in json.loads(done[-1]):
+        if len(done) > len(rows) and re.search('"dummy_accuracy".*}$', done[-1]):
             print(f"{out} holds a finished run")
             return json.loads(done[-1])
     elif not args.resume and (out / "log.jsonl").exists():
@@ -548,8 +549,15 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
                         losses=torch.stack(losses) if losses else torch.zeros(0), hits=hits, seconds=time.time() - start,
                         input_seconds=input_seconds, wandb=tracker and tracker.id), out / "last.pt")
 
+    def check_losses():
+        for i, value in enumerate(losses, 1 - len(losses)):
+            if not math.isfinite(value):
+                sys.exit(f"The training loss is {value:.0f} at step {step + i // args.accumulate}, near learning rate {optimizer.param_groups[0]['lr']:.2g}: "
+                         f"try a smaller --lr, a longer --warmup or --amp fp32. The last good checkpoint is {out}/last.pt")
+
     def leave_if_asked():
         if STOP:
+            check_losses()
             save_last()
             sys.stderr.write(f"\nStopped after step {step}. Go on: python train_{args.task}.py --resume 1 --out {out}\n")
             sys.exit(128 + STOP[0])
@@ -593,10 +601,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
             dist.all_reduce(losses)
             dist.all_reduce(hits)
         losses = (losses / WORLD).tolist()
-        if not math.isfinite(sum(losses)):
-            wrong = [math.isfinite(value) for value in losses].index(False)
-            sys.exit(f"The training loss is {losses[wrong]} at step {step - (len(losses) - 1 - wrong) // args.accumulate}, near learning rate "
-                     f"{optimizer.param_groups[0]['lr']:.2g}: try a smaller --lr, a longer --warmup or --amp fp32. The last good checkpoint is {out}/last.pt")
+        check_losses()
         train_end = time.time()
         row = {
             "iteration": math.ceil(step / args.eval_every),

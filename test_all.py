@@ -417,6 +417,21 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(gpt2, tmp_pat
     print(f"{kills} kills")
 
 
+def test_a_signal_does_not_save_a_loss_that_is_not_finite(gpt2, tmp_path, monkeypatch):
+    update, steps = fpt.update, []
+
+    def poisoned(model, optimizer, scaler):
+        update(model, optimizer, scaler)
+        model.output.bias.data.fill_(torch.nan)
+        steps.append(1)
+        fpt.STOP.extend([signal.SIGTERM] * (len(steps) == 2))
+
+    monkeypatch.setattr(fpt, "update", poisoned)
+    with pytest.raises(SystemExit, match="loss is nan at step 2"):
+        toy(toy_flags(gpt2, tmp_path / "run"))
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(gpt2, tmp_path, monkeypatch, capsys, number, code):
     toy(toy_flags(gpt2, tmp_path / "whole", "--dropout", 0.1))
@@ -1052,6 +1067,17 @@ def test_augmentation_shifts_and_mirrors_but_invents_nothing():
     assert set(steps.unique().tolist()) <= {-1, 0, 1} and moved[:, :, :, 0].diff(dim=1).min() >= 0
     shift = moved[:, 16, 16, 0] - 16
     assert set(shift.tolist()) == set(range(-4, 5))
+
+
+def test_digits_are_turned_scaled_and_shifted_a_little():
+    images = torch.zeros(300, 2, 28, 28)
+    images[:, :, 13:15, 8:20] = 255  # a bar in the middle
+    moved = train_mnist_add.jiggle(images).flatten(0, 1)
+    assert moved.min() >= 0 and moved.max() <= 255.01
+    assert moved.mean().item() == pytest.approx(images.mean().item(), rel=0.05)
+    middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
+    assert middle.abs().max() < 2.2 and middle.std() > 0.8
+    assert len({tuple(image.flatten().tolist()) for image in moved}) == 600
 
 
 def demo(script, tmp_path, *argv):

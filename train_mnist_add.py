@@ -17,7 +17,8 @@ def main():
     parser = fpt.flags("mnist_add", __doc__, steps=8000, batch_size=128, lr=3e-3, ln_lr=4.0, eval_every=500, eval_examples=2000, in_gain=0.05, init_std=0.08)
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
     parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
-    args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
+    parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little")
+    args = fpt.parse(parser, demo=dict(n=1, augment=0, steps=120, batch_size=32, eval_every=40))
 
     def to_tokens(images):
         return (images.flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels
@@ -54,11 +55,25 @@ def main():
             chosen[:, 0] = index.to(args.device, non_blocking=True)
         else:
             chosen = fixed[split][index.to(args.device, non_blocking=True)]
-        return to_tokens(images[chosen]), None, labels[chosen].sum(1)
+        pixels = images[chosen].float()
+        if split == "train" and args.augment:
+            pixels = jiggle(pixels)
+        return to_tokens(pixels), None, labels[chosen].sum(1)
 
     sizes = {split: len(images) for split, (images, _) in digits.items()}
     return fpt.fit(args, model, batch, sizes, dummy=int(sum_distribution(digits["train"][1], args.n).argmax()),
                    loss_fn=loss_fn, predict=predict, metrics=errors)
+
+
+def jiggle(images):
+    """Each image [batch, n, 28, 28] turned by up to 12 degrees, scaled by up to 15 % and shifted by up to 2 pixels."""
+    batch, n, side, _ = images.shape
+    random = torch.rand(4, batch * n, device=images.device) * 2 - 1
+    turn, scale, shift = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
+    cosine, sine = turn.cos() * scale, turn.sin() * scale
+    affine = torch.stack([torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)], 1)
+    grid = F.affine_grid(affine, (batch * n, 1, side, side), align_corners=False)
+    return F.grid_sample(images.view(-1, 1, side, side), grid, align_corners=False).view_as(images)
 
 
 def sum_distribution(labels, n):
