@@ -274,7 +274,8 @@ def cyp3a4(folder, demo=False):
     if demo:
         demo_cyp3a4(path)
     elif not path.exists():
-        with fetching(f"{CYP3A4_URL} as {path.name}", folder):
+        path = folder / "cyp3a4_veith.part"  # gets its name when it has passed the checks
+        with fetching(f"{CYP3A4_URL} as cyp3a4_veith.tab", folder):
             torch.hub.download_url_to_file(CYP3A4_URL, str(path))
     content = path.read_bytes()
     cache = folder / "cyp3a4_veith.npz"
@@ -289,6 +290,8 @@ def cyp3a4(folder, demo=False):
         if not demo and counts != (12328, 5110):
             sys.exit(f"{path} has {counts[0]:,} molecules, {counts[1]:,} of them inhibitors, where 12,328 and 5,110 are expected: delete it, it will be downloaded again")
         save_cache(cache, digest=digest, **featurise(rows))
+    if path.suffix == ".part":
+        path.rename(folder / "cyp3a4_veith.tab")
     arrays = {name: torch.from_numpy(array) for name, array in load_cache(cache).items() if name != "digest"}
     splits = {}
     for code, split in enumerate(("train", "validation", "test")):

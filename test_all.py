@@ -986,6 +986,7 @@ def test_cyp3a4_from_its_table(server, tmp_path, monkeypatch, capfd, quote):
     monkeypatch.setattr(data, "CYP3A4_URL", url + "4259582")
     with pytest.raises(SystemExit, match="7 molecules, 4 of them inhibitors, where 12,328 and 5,110"):
         data.cyp3a4(tmp_path / "data")
+    assert not (tmp_path / "data" / "cyp3a4_veith.tab").exists()  # half a download does not spoil the next start
     arrays = data.featurise([{"Drug": smiles, "Y": label} for smiles, label in MOLECULES])
     error = capfd.readouterr()
     assert "100%" in error.err and "1 SMILES that RDKit cannot read are left out: not a molecule" in error.out + error.err
@@ -1076,7 +1077,7 @@ def test_digits_are_turned_scaled_and_shifted_a_little():
     assert moved.min() >= 0 and moved.max() <= 255.01
     assert moved.mean().item() == pytest.approx(images.mean().item(), rel=0.05)
     middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
-    assert middle.abs().max() < 2.2 and middle.std() > 0.8
+    assert middle.abs().max() < 2.8 and middle.std() > 0.8
     assert len({tuple(image.flatten().tolist()) for image in moved}) == 600
 
 

@@ -66,7 +66,7 @@ def main():
 
 
 def jiggle(images):
-    """Each image [batch, n, 28, 28] turned by up to 12 degrees, scaled by up to 15 % and shifted by up to 2 pixels."""
+    """Each image [batch, n, 28, 28] turned by up to 12 degrees, scaled by up to 15 % and shifted by about 2 pixels at most."""
     batch, n, side, _ = images.shape
     random = torch.rand(4, batch * n, device=images.device) * 2 - 1
     turn, scale, shift = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
