@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import fpt
@@ -359,6 +360,7 @@ def forked(args, seconds=None, number=signal.SIGKILL):
     """Train the toy in a process of its own, sent a signal after so many seconds. Returns its exit code."""
     def child():
         sys.stdout = sys.stderr = open(os.devnull, "w")
+        tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with the sister processes, and one may have died holding it
         toy(args)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -367,7 +369,7 @@ def forked(args, seconds=None, number=signal.SIGKILL):
         process.join(seconds)
         if process.is_alive():
             os.kill(process.pid, number)
-    process.join()
+    process.join(120)
     return process.exitcode
 
 
