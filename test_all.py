@@ -28,7 +28,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import fpt
@@ -360,7 +359,7 @@ def forked(args, seconds=None, number=signal.SIGKILL):
     """Train the toy in a process of its own, sent a signal after so many seconds. Returns its exit code."""
     def child():
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with the sister processes, and one may have died holding it
+        fpt.tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with the sister processes, and one may have died holding it
         toy(args)
 
     process = multiprocessing.get_context("fork").Process(target=child)
