@@ -17,8 +17,8 @@ def main():
     parser = fpt.flags("mnist_add", __doc__, steps=8000, batch_size=128, lr=3e-3, ln_lr=4.0, eval_every=500, eval_examples=2000, in_gain=0.05, init_std=0.08)
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
     parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
-    parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little")
-    args = fpt.parse(parser, demo=dict(n=1, augment=0, steps=120, batch_size=32, eval_every=40))
+    parser.add_argument("--augment", type=int, choices=[0, 1], default=0, help="1: turn, scale and shift training digits a little")
+    args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
 
     def to_tokens(images):
         return (images.flatten(2) / 255 - 0.1307) / 0.3081  # mean and standard deviation of MNIST's pixels

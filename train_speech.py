@@ -14,7 +14,7 @@ import fpt
 
 
 def main():
-    parser = fpt.flags("speech", __doc__, steps=1500, batch_size=32, eval_every=250, eval_examples=1000, in_gain=0.3, init_std=0.08)
+    parser = fpt.flags("speech", __doc__, steps=1500, batch_size=32, lr=3e-3, ln_lr=4.0, eval_every=250, eval_examples=1000, in_gain=0.3, init_std=0.08, pool="mean")
     parser.add_argument("--tokens", choices=["mel", "wave"], default="mel", help="mel: 51 frames of 80 log-mel energies, one every 20 ms; wave: 100 stretches of 80 samples at 8 kHz")
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training clips by up to 100 ms")
     args = fpt.parse(parser, demo=dict(steps=40, eval_every=20, batch_size=16))
@@ -22,13 +22,17 @@ def main():
     if args.tokens == "mel":
         spectrogram = torchaudio.transforms.MelSpectrogram(data.SPEECH_RATE, n_fft=1024, win_length=640, hop_length=320, n_mels=80).to(args.device)
 
-        def to_tokens(waves):  # mean -6.05 and standard deviation 4.63 of training clips
-            return (((spectrogram(waves / 32768) + 1e-6).log() + 6.05) / 4.63).transpose(1, 2)
+        def to_features(waves):
+            return (spectrogram(waves) + 1e-6).log().transpose(1, 2)
     else:
         resample = torchaudio.transforms.Resample(data.SPEECH_RATE, 8000).to(args.device)
 
-        def to_tokens(waves):
-            return (resample(waves / 32768) / 0.0736).unflatten(1, (100, 80))
+        def to_features(waves):
+            return resample(waves).unflatten(1, (100, 80))
+
+    def to_tokens(waves):  # each clip with mean 0 and standard deviation 1: how loud it is does not tell the word
+        features = to_features(waves / 32768)
+        return F.layer_norm(features, features.shape[1:])
 
     if args.predict:
         samples = torch.from_numpy(data.read_wav(args.predict)[:data.SPEECH_RATE].copy()).to(args.device)
