@@ -14,7 +14,7 @@ import fpt
 
 
 def main():
-    parser = fpt.flags("cyp3a4", __doc__, steps=750, batch_size=32, eval_every=125, in_gain=0.02, pool="mean")
+    parser = fpt.flags("cyp3a4", __doc__, steps=750, batch_size=32, eval_every=125, in_gain=0.05, init_std=0.04, pool="mean")
     parser.add_argument("--tokens", choices=["atoms", "smiles"], default="atoms", help="atoms: the summed embeddings of an atom's Morgan environments of radius 0, 1 and 2; smiles: the tokens of the string")
     args = fpt.parse(parser, demo=dict(steps=50, eval_every=25))
 
