@@ -1,5 +1,7 @@
 """Tests: python -m pytest test_all.py, a few minutes on two cores, no network and no data set needed.
 
+    python -m pytest test_all.py -k cuda     # on a machine with a GPU: precisions, compiler, checkpoints, resume, the scripts
+
 Models here are tiny folders that the tests save; the sizes of GPT-2 appear where a count or the demo needs them.
 """
 import errno
@@ -38,6 +40,7 @@ import train_mnist_add
 torch.set_num_threads(1)  # tiny models: two threads only wait for each other
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))  # pytest -k cuda
 
 
 def flags(*argv, **defaults):
@@ -189,7 +192,29 @@ def toy(args):
 
 
 def toy_flags(gpt2, out, *argv):
-    return flags("--model", gpt2, "--out", out, "--steps", 40, "--eval_every", 20, "--lr", 0.01, "--warmup", 5, *argv)
+    return flags("--model", gpt2, "--out", out, "--steps", 40, "--eval_every", 20, "--lr", 0.01, "--warmup", 5, "--compile", 0, *argv)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_checkpoints_move_between_cpu_and_gpu_and_a_run_goes_on_there(gpt2, tmp_path, monkeypatch, device):
+    _, whole = toy(toy_flags(gpt2, tmp_path / "whole", "--device", device, "--dropout", 0.1))
+    _, here = toy(flags("--eval", tmp_path / "whole" / "best.pt", "--device", "cpu"))
+    assert here["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
+    _, there = toy(toy_flags(gpt2, tmp_path / "there", "--device", device, "--init", tmp_path / "whole" / "best.pt", "--lr", 0))
+    assert there["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
+
+    update, steps = fpt.update, []
+
+    def stopping(*parts):
+        update(*parts)
+        steps.append(1)
+        fpt.STOP.extend([signal.SIGTERM] * (len(steps) == 27))
+
+    monkeypatch.setattr(fpt, "update", stopping)
+    with pytest.raises(SystemExit):
+        toy(toy_flags(gpt2, tmp_path / "cut", "--device", device, "--dropout", 0.1))
+    _, again = toy(flags("--resume", 1, "--out", tmp_path / "cut", "--device", device))
+    assert again["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("train", ["in,out,ln,pos", "out", "ln,attn", "in,ff", "all"])
@@ -292,19 +317,21 @@ def test_two_half_batches_are_one_batch(gpt2, tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_trains_as_fp32_does(gpt2, tmp_path, amp):
+def test_half_precision_trains_as_fp32_does(gpt2, tmp_path, amp, device):
     results = {}
     for precision in "fp32", amp:
-        model, results[precision] = toy(toy_flags(gpt2, tmp_path / precision, "--amp", precision, "--steps", 100))
+        model, results[precision] = toy(toy_flags(gpt2, tmp_path / precision, "--amp", precision, "--steps", 100, "--device", device))
     assert model.core.h[0].mlp.c_fc.weight.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     assert results[amp]["test_accuracy"] == pytest.approx(results["fp32"]["test_accuracy"], abs=0.1)
     assert results[amp]["test_loss"] == pytest.approx(results["fp32"]["test_loss"], abs=0.15)
 
 
-def test_a_compiled_model_is_the_same_model(gpt2, tmp_path):
-    plain, _ = toy(toy_flags(gpt2, tmp_path / "a", "--steps", 3))
-    compiled, _ = toy(toy_flags(gpt2, tmp_path / "b", "--steps", 3, "--compile", 1))
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_compiled_model_is_the_same_model(gpt2, tmp_path, device):
+    plain, _ = toy(toy_flags(gpt2, tmp_path / "a", "--steps", 3, "--device", device))
+    compiled, _ = toy(toy_flags(gpt2, tmp_path / "b", "--steps", 3, "--device", device, "--compile", 1))
     for (name, one), two in zip(plain.named_parameters(), compiled.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -504,9 +531,10 @@ def test_a_loss_that_is_not_finite_is_never_best_and_the_last_good_checkpoint_st
         assert checkpoint["step"] in (10, 20) and all(p.isfinite().all() for p in checkpoint["trained"].values())
 
 
-def test_skipped_fp16_steps_are_counted(gpt2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_skipped_fp16_steps_are_counted(gpt2, tmp_path, monkeypatch, device):
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**40))
-    toy(toy_flags(gpt2, tmp_path / "run", "--amp", "fp16"))
+    toy(toy_flags(gpt2, tmp_path / "run", "--amp", "fp16", "--device", device))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[0]["skipped_steps"] > 3 and rows[0]["train_loss"] < 10
 
@@ -1093,7 +1121,7 @@ def demo(script, tmp_path, *argv):
 
 
 @pytest.mark.parametrize("script, task", [("train_cifar", "cifar"), ("train_speech", "speech"), ("train_cyp3a4", "cyp3a4"), ("train_mnist_add", "mnist_add")])
-def test_the_demo_of_every_script_learns(script, task, tmp_path):
+def test_the_demo_of_every_script_learns_on_cuda_if_there_is_one(script, task, tmp_path):
     run, last = demo(script, tmp_path, "--pretrained", 0)
     assert "DEMO: the data is generated" in run.stdout and last["generated_data"] is True
     assert "train:" in run.stderr  # the progress bar
