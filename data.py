@@ -162,7 +162,7 @@ def demo_mnist(folder):
 
 # ---- Speech Commands -----------------------------------------------------------------------------------------------
 def speech_commands(folder, demo=False):
-    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, sha256-checked by torchaudio.
+    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, sha256-checked.
 
     Each split is (waves int16 [n, 16000], one second at 16 kHz, shorter clips padded with silence at the end; labels
     int64 [n]), and "classes" is the sorted list of the words, which are the folders present: 35 in the full set.
@@ -265,8 +265,9 @@ def cyp3a4(folder, demo=False):
     https://tdcommons.ai/single_pred_tasks/adme/#cyp-p450-3a4-inhibition-veith-et-al; checked by its counts.
 
     Each split is (atoms int32 [n, atoms, 3], atom counts int64 [n], SMILES tokens int32 [n, tokens], token counts
-    int64 [n], labels int64 [n], 1 for an inhibitor); for the ids see molecule_ids(). The test part is TDC's scaffold split (9,862 / 2,466 molecules); validation is a scaffold split of the training
-    part (0.9 / 0.1), so that no ring system is in two parts.
+    int64 [n], labels int64 [n], 1 for an inhibitor); for the ids see molecule_ids(). The test part is TDC's scaffold
+    split (9,862 / 2,466 molecules); validation is a scaffold split of the training part (0.9 / 0.1), so that no ring
+    system is in two parts.
     """
     folder = Path(folder) / "demo" if demo else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -549,11 +549,15 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
                         losses=torch.stack(losses) if losses else torch.zeros(0), hits=hits, seconds=time.time() - start,
                         input_seconds=input_seconds, wandb=tracker and tracker.id), out / "last.pt")
 
+    def diverged(name, loss, step):
+        kept = f" The last good checkpoint is {out}/last.pt" if (out / "last.pt").exists() else ""
+        sys.exit(f"The {name} loss is {loss:.0f} at step {step}, near learning rate {optimizer.param_groups[0]['lr']:.2g}: "
+                 f"try a smaller --lr, a longer --warmup or --amp fp32.{kept}")
+
     def check_losses():
         for i, value in enumerate(losses, 1 - len(losses)):
             if not math.isfinite(value):
-                sys.exit(f"The training loss is {value:.0f} at step {step + i // args.accumulate}, near learning rate {optimizer.param_groups[0]['lr']:.2g}: "
-                         f"try a smaller --lr, a longer --warmup or --amp fp32." + f" The last good checkpoint is {out}/last.pt" * (out / "last.pt").exists())
+                diverged("training", value, step + i // args.accumulate)
 
     def leave_if_asked():
         if STOP:
@@ -618,7 +622,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         if args.amp == "fp16":  # the optimizer counts the steps it made, the others overflowed
             row["skipped_steps"] = step - int(max(state["step"] for state in optimizer.state.values()))
         if not math.isfinite(row["validation_loss"]):
-            sys.exit(f"The validation loss is {row['validation_loss']} at step {step}: try a smaller --lr or --amp fp32." + f" The last good checkpoint is {out}/last.pt" * (out / "last.pt").exists())
+            diverged("validation", row["validation_loss"], step)
         print_table(row)
         rows.append(json.dumps(row | {"generated_data": bool(args.demo)}))
         score = -row["validation_loss"] if args.best == "loss" else row["validation_accuracy"]

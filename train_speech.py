@@ -14,7 +14,13 @@ import fpt
 
 
 def main():
-    parser = fpt.flags("speech", __doc__, steps=1500, batch_size=32, lr=3e-3, ln_lr=4.0, eval_every=250, eval_examples=1000, in_gain=0.3, init_std=0.08, pool="mean")
+    parser = fpt.flags(
+        "speech", __doc__,
+        steps=1500, batch_size=32,
+        lr=3e-3, ln_lr=4.0, pool="mean",    # a word may stand anywhere in the clip
+        init_std=0.08, in_gain=0.3,         # at GPT-2's own 0.02 and 1.41 random blocks add little to the tokens
+        eval_every=250, eval_examples=1000,
+    )
     parser.add_argument("--tokens", choices=["mel", "wave"], default="mel", help="mel: 51 frames of 80 log-mel energies, one every 20 ms; wave: 100 stretches of 80 samples at 8 kHz")
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training clips by up to 100 ms")
     args = fpt.parse(parser, demo=dict(steps=40, eval_every=20, batch_size=16))
