@@ -651,6 +651,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
         tracker.summary.update(result)
         tracker.finish()
     if WORLD > 1:
+        del net  # while its process group lives: as the group's last owner it could wait for ever for one of gloo's threads
         dist.destroy_process_group()
     return result
 

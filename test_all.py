@@ -547,7 +547,7 @@ def test_two_processes_train_as_one(gpt2, tmp_path, monkeypatch):
             "--batch_size", "16", "--data", str(tmp_path / "data")]
     script = str(HERE / "train_mnist_add.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={20000 + os.getpid() % 20000}", script]
-    pair = subprocess.run([*launch, *argv, "--out", str(tmp_path / "pair")], capture_output=True, text=True)
+    pair = subprocess.run([*launch, *argv, "--out", str(tmp_path / "pair")], capture_output=True, text=True, timeout=240)
     assert pair.returncode == 0, pair.stderr
     assert pair.stdout.count("parameters are trained") == 1  # one process prints
     run_main(monkeypatch, "train_mnist_add", *argv, "--out", tmp_path / "one")
@@ -561,7 +561,7 @@ def test_two_processes_train_as_one(gpt2, tmp_path, monkeypatch):
     # As after a kill at the second evaluation: what came later is gone, and both go on together.
     last = torch.load(tmp_path / "pair" / "last.pt", weights_only=True)
     (tmp_path / "pair" / "log.jsonl").write_text("\n".join(last["rows"][:4]) + "\n")
-    again = subprocess.run([*launch, "--resume", "1", "--out", str(tmp_path / "pair"), "--data", str(tmp_path / "data")], capture_output=True, text=True)
+    again = subprocess.run([*launch, "--resume", "1", "--out", str(tmp_path / "pair"), "--data", str(tmp_path / "data")], capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     assert last_line(tmp_path / "pair")["test_loss"] == pytest.approx(lines["pair"][-1]["test_loss"], rel=1e-5)
 
