@@ -83,6 +83,7 @@ def flags(task, doc, **defaults):
     parser = Parser(description=doc, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="gpt2", help="hub name (gpt2, distilgpt2, gpt2-medium, ...) or a local folder; other text transformers that take inputs_embeds work too")
+    add("--layers", type=number(int, 0), default=0, help="keep only the first blocks of the transformer, as many as this; 0: all of them")
     add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
     add("--init_std", type=number(float, 0), default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
     add("--in_gain", type=number(float, 0), default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
@@ -223,8 +224,14 @@ def load_config(args):
     """The shape of --model: known here for a random member of the GPT-2 family, else read from the folder or the hub."""
     name = args.model.removeprefix("openai-community/")
     if name in GPT2_SIZES and not args.pretrained and not Path(args.model).is_dir():
-        return GPT2Config(**GPT2_SIZES[name])
-    return AutoConfig.from_pretrained(args.model)
+        config = GPT2Config(**GPT2_SIZES[name])
+    else:
+        config = AutoConfig.from_pretrained(args.model)
+    if args.layers > config.num_hidden_layers:
+        sys.exit(f"--layers {args.layers} is more than the {config.num_hidden_layers} of --model {args.model}")
+    if args.layers:
+        config.num_hidden_layers = args.layers
+    return config
 
 
 def load_core(args):
