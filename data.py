@@ -9,6 +9,7 @@ the CPU, whole and small (uint8, int16): the scripts move them to the device onc
 """
 import csv
 import hashlib
+import math
 import os
 import pickle
 import random
@@ -257,14 +258,14 @@ def demo_speech(folder):
 
 # ---- CYP3A4 inhibition ---------------------------------------------------------------------------------------------
 SMILES_TOKEN = re.compile(r"\[[^]]+]|Br|Cl|%\d\d|.")
-BUCKETS = 4096
+BUCKETS = 16384
 
 
 def cyp3a4(folder, demo=False):
     """CYP3A4 inhibition (Veith et al. 2009) as Therapeutics Data Commons publishes it, CYP3A4_Veith, 0.7 MB:
     https://tdcommons.ai/single_pred_tasks/adme/#cyp-p450-3a4-inhibition-veith-et-al; checked by its counts.
 
-    Each split is (atoms int32 [n, atoms, 3], atom counts int64 [n], SMILES tokens int32 [n, tokens], token counts
+    Each split is (atom ids int32 [n, 20 + atoms, 4], their counts int64 [n], SMILES tokens int32 [n, tokens], token counts
     int64 [n], labels int64 [n], 1 for an inhibitor); for the ids see molecule_ids(). The test part is TDC's scaffold
     split (9,862 / 2,466 molecules); validation is a scaffold split of the training part (0.9 / 0.1), so that no ring
     system is in two parts.
@@ -279,7 +280,7 @@ def cyp3a4(folder, demo=False):
         with fetching(f"{CYP3A4_URL} as cyp3a4_veith.tab", folder):
             torch.hub.download_url_to_file(CYP3A4_URL, str(path))
     content = path.read_bytes()
-    cache = folder / "cyp3a4_veith.npz"
+    cache = folder / "cyp3a4_ids.npz"
     digest = hashlib.sha256(content).hexdigest()
     if not cache.exists() or str(load_cache(cache)["digest"]) != digest:
         try:
@@ -301,13 +302,20 @@ def cyp3a4(folder, demo=False):
     return splits
 
 
-def molecule_ids(smiles):
-    """A SMILES string -> (atom ids int32 [atoms, 3], token ids int32 [tokens], RDKit molecule), or None if unreadable.
+def hashed(text):
+    return 1 + zlib.crc32(text.encode()) % BUCKETS
 
-    An atom's three ids are its Morgan environments of radius 0, 1 and 2 (0 where the molecule ends before); a token is
-    an atom, bond, branch or ring number of the string. Both are hashed to 1..BUCKETS; 0 pads.
+
+def molecule_ids(smiles):
+    """A SMILES string -> (atom ids int32 [20 + atoms, 4], token ids int32 [tokens], RDKit molecule), or None if unreadable.
+
+    The first 20 tokens hold 79 numbers about the whole molecule, four a token: RDKit's property list (weight, logP,
+    polar surface, rings, connectivity, ...) and its surface areas by logP, refractivity and charge, each rounded on a
+    logarithmic scale. Then an atom a token: its Morgan environments of radius 0 to 3 (0 where the molecule ends before).
+    The tokens of the string are its atoms, bonds, branches and ring numbers. All are hashed to 1..BUCKETS; 0 pads.
     """
     from rdkit import Chem, RDLogger
+    from rdkit.Chem import rdMolDescriptors
     from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
 
     RDLogger.DisableLog("rdApp.*")
@@ -315,16 +323,20 @@ def molecule_ids(smiles):
     if molecule is None or not molecule.GetNumAtoms():
         return None
     # Redundant environments are kept: every atom has one for each radius, as far as the molecule reaches.
-    morgan = GetMorganGenerator(radius=2, includeRedundantEnvironments=True)
+    morgan = GetMorganGenerator(radius=3, includeRedundantEnvironments=True)
     environments = AdditionalOutput()
     environments.AllocateBitInfoMap()
     morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
-    atoms = torch.zeros(molecule.GetNumAtoms(), 3, dtype=torch.int32)
+    numbers = [*rdMolDescriptors.Properties().ComputeProperties(molecule), *rdMolDescriptors.SlogP_VSA_(molecule),
+               *rdMolDescriptors.SMR_VSA_(molecule), *rdMolDescriptors.PEOE_VSA_(molecule)]
+    whole = torch.zeros(20, 4, dtype=torch.int32)
+    whole.view(-1)[:len(numbers)] = torch.tensor([hashed(f"{i} {10 * math.asinh(number):.0f}") for i, number in enumerate(numbers)])
+    atoms = torch.zeros(molecule.GetNumAtoms(), 4, dtype=torch.int32)
     for code, places in environments.GetBitInfoMap().items():
         for atom, radius in places:
             atoms[atom, radius] = 1 + code % BUCKETS
-    tokens = [1 + zlib.crc32(token.encode()) % BUCKETS for token in SMILES_TOKEN.findall(smiles)]
-    return atoms, torch.tensor(tokens, dtype=torch.int32), molecule
+    tokens = [hashed(token) for token in SMILES_TOKEN.findall(smiles)]
+    return torch.cat([whole, atoms]), torch.tensor(tokens, dtype=torch.int32), molecule
 
 
 def featurise(rows):

@@ -78,12 +78,12 @@ def number(kind, least, below=math.inf):
     return parse_number
 
 
-def flags(task, doc, **defaults):
+def flags(task, doc, random_layers=0, **defaults):
     """The flags that all scripts share; `defaults` are the task's own choices. Returns an ArgumentParser."""
     parser = Parser(description=doc, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="gpt2", help="hub name (gpt2, distilgpt2, gpt2-medium, ...) or a local folder; other text transformers that take inputs_embeds work too")
-    add("--layers", type=number(int, 0), default=0, help="keep only the first blocks of the transformer, as many as this; 0: all of them")
+    add("--layers", type=number(int, 0), default=None, help=f"keep at most so many blocks of the transformer, the first ones; 0: all; None: all with --pretrained 1, {random_layers or 'all'} with --pretrained 0")
     add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
     add("--init_std", type=number(float, 0), default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
     add("--in_gain", type=number(float, 0), default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
@@ -117,7 +117,7 @@ def flags(task, doc, **defaults):
     add("--wandb", default=None, metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no account)")
     add("--demo", type=int, choices=[0, 1], default=0, help="1: a few hundred generated examples and a short run, no network; the result says nothing about the real task")
 
-    parser.set_defaults(task=task, **defaults)
+    parser.set_defaults(task=task, random_layers=random_layers, **defaults)
     return parser
 
 
@@ -170,6 +170,8 @@ def parse(parser, demo):
         args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
     if args.compile is None:
         args.compile = int(cuda)
+    if args.layers is None:
+        args.layers = 0 if args.pretrained else args.random_layers
     runs = 1
     while not args.out:
         free = f"runs/{args.task}-{runs}" if runs > 1 else f"runs/{args.task}"
@@ -227,10 +229,8 @@ def load_config(args):
         config = GPT2Config(**GPT2_SIZES[name])
     else:
         config = AutoConfig.from_pretrained(args.model)
-    if args.layers > config.num_hidden_layers:
-        sys.exit(f"--layers {args.layers} is more than the {config.num_hidden_layers} of --model {args.model}")
     if args.layers:
-        config.num_hidden_layers = args.layers
+        config.num_hidden_layers = min(args.layers, config.num_hidden_layers)
     return config
 
 

@@ -11,6 +11,7 @@ import http.server
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -1024,11 +1025,13 @@ def test_cyp3a4_from_its_table(server, tmp_path, monkeypatch, capfd, quote):
     error = capfd.readouterr()
     assert "100%" in error.err and "1 SMILES that RDKit cannot read are left out: not a molecule" in error.out + error.err
     assert arrays["labels"].tolist() == [1, 0, 1, 0, 1, 0]
-    assert arrays["atom_counts"].tolist() == [7, 8, 7, 3, 6, 6]
-    toluene, benzyl = arrays["atoms"][0], arrays["atoms"][1]
-    assert (toluene[:7] > 0).all() and (toluene[7:] == 0).all() and arrays["atoms"].max() <= data.BUCKETS
+    assert arrays["atom_counts"].tolist() == [27, 28, 27, 23, 26, 26]
+    assert ((arrays["atoms"][:, :20] > 0).sum((1, 2)) == 79).all()  # the numbers about the whole molecule
+    assert (arrays["atoms"][0, 0, 0] == data.hashed(f"0 {10 * math.asinh(92.0626):.0f}"))  # the first is toluene's exact weight
+    toluene, benzyl = arrays["atoms"][0, 20:], arrays["atoms"][1, 20:]
+    assert (toluene[:7, :3] > 0).all() and (toluene[7:] == 0).all() and arrays["atoms"].max() <= data.BUCKETS
     assert toluene[0, 0] == benzyl[0, 0] and toluene[0, 1] != benzyl[0, 1]  # both methyl carbons, other neighbours
-    assert (arrays["atoms"][3][:, 2] == 0).any()  # ethanol ends before radius 2 everywhere
+    assert (arrays["atoms"][3, 20:23, 2] == 0).any()  # ethanol ends before radius 2 everywhere
     assert arrays["token_counts"].tolist() == [9, 10, 9, 3, 8, 11]  # [C@H] is one token
 
 
@@ -1054,7 +1057,7 @@ def test_the_real_cyp3a4_has_the_published_split(tmp_path):
     assert len(labels["train"]) + len(labels["validation"]) == 9862 and len(labels["test"]) == 2466
     assert sum(int(part.sum()) for part in labels.values()) == 5110
     # The rows of the test part as PyTDC 1.1.15's own create_scaffold_split(df, 0, [0.8, 0.2, 0], "Drug") gives them.
-    rows = np.flatnonzero(np.load(tmp_path / "cyp3a4_veith.npz")["split"] == 2)
+    rows = np.flatnonzero(np.load(tmp_path / "cyp3a4_ids.npz")["split"] == 2)
     assert hashlib.sha256(",".join(map(str, rows)).encode()).hexdigest() == "883f4b4070a15886f17e6f57b29941e72cde3500934ab23d3b0ca3e9a7b401e0"
 
 

@@ -17,11 +17,12 @@ def main():
     parser = fpt.flags(
         "cyp3a4", __doc__,
         steps=300, batch_size=32,       # one epoch: in the second the rare environments are learnt by heart
-        init_std=0.04, in_gain=0.05,    # the best validation loss of five pairs, see the README
+        init_std=0.04, in_gain=0.02,    # the best validation loss of several pairs, see the README
+        random_layers=2,                # as good as twelve random blocks, in a sixth of the time
         pool="mean",                    # no atom is the last word on a molecule
         eval_every=100,
     )
-    parser.add_argument("--tokens", choices=["atoms", "smiles"], default="atoms", help="atoms: the summed embeddings of an atom's Morgan environments of radius 0, 1 and 2; smiles: the tokens of the string")
+    parser.add_argument("--tokens", choices=["atoms", "smiles"], default="atoms", help="atoms: numbers about the whole molecule, then for each atom the summed embeddings of its Morgan environments of radius 0 to 3; smiles: the tokens of the string")
     args = fpt.parse(parser, demo=dict(steps=50, eval_every=25))
 
     if args.predict:
