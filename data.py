@@ -311,7 +311,7 @@ def molecule_ids(smiles):
 
     The first 20 tokens hold 79 numbers about the whole molecule, four a token: RDKit's property list (weight, logP,
     polar surface, rings, connectivity, ...) and its surface areas by logP, refractivity and charge, each rounded on a
-    logarithmic scale. Then an atom a token: its Morgan environments of radius 0 to 3 (0 where the molecule ends before).
+    logarithmic scale. Then an atom a token: its Morgan environments of radius 0 to 3 (a lone ion has the first one only).
     The tokens of the string are its atoms, bonds, branches and ring numbers. All are hashed to 1..BUCKETS; 0 pads.
     """
     from rdkit import Chem, RDLogger
