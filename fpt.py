@@ -78,6 +78,11 @@ def number(kind, least, below=math.inf):
     return parse_number
 
 
+def gains(text):
+    """'0,3' -> [0.0, 3.0]"""
+    return [number(float, 0)(part) for part in text.split(",")]
+
+
 def flags(task, doc, random_layers=0, **defaults):
     """The flags that all scripts share; `defaults` are the task's own choices. Returns an ArgumentParser."""
     parser = Parser(description=doc, formatter_class=HelpFormatter)
@@ -86,9 +91,11 @@ def flags(task, doc, random_layers=0, **defaults):
     add("--layers", type=number(int, 0), default=None, help=f"keep at most so many blocks of the transformer, the first ones; 0: all; None: all with --pretrained 1, {random_layers or 'all'} with --pretrained 0")
     add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
     add("--init_std", type=number(float, 0), default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
+    add("--qk_std", type=number(float, 0), default=None, help="standard deviation of random queries' and keys' weights; None: --init_std, where a head of 0.08 looks at hardly more than one token")
+    add("--attn_gain", type=gains, default="1", metavar="G,G,...", help="factor on the output of random attention in the first block, the second, ...; the last one holds for all that follow")
     add("--in_gain", type=number(float, 0), default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
     add("--train", type=train_parts, default="in,out,ln,pos", help="parts that are trained: 'all', or some of in,out,ln,pos,attn,ff (input layer, output layer, norms, positions, attention, MLP); the rest stays frozen")
-    add("--pool", choices=["last", "mean"], default="last", help="what the output layer reads: the last real token, as the original, or the mean over the real tokens")
+    add("--pool", choices=["last", "mean", "cls"], default="last", help="what the output layer reads: the last real token, as the original, the mean over the real tokens, or an empty token put after them")
     add("--dropout", type=number(float, 0, 1), default=0.0, help="probability; the original's 0.1 slows a mostly frozen model that does not overfit")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=number(int, 1), default=2500, help="gradient steps in all")
@@ -246,6 +253,10 @@ def load_core(args):
         else:
             config.initializer_range = args.init_std
             core = AutoModel.from_config(config, dtype=torch.float32)
+            for i, block in enumerate(core.h if config.model_type == "gpt2" else []):
+                if args.qk_std is not None:
+                    nn.init.normal_(block.attn.c_attn.weight[:, :2 * config.n_embd], std=args.qk_std)
+                block.attn.c_proj.weight.data *= args.attn_gain[min(i, len(args.attn_gain) - 1)]
     except (OSError, ValueError) as error:  # what transformers raises for a silent hub and for a folder without a model
         sys.exit(f"Cannot load --model {args.model}: use --pretrained 0 for random weights, or --model FOLDER for weights on this disk ({one_line(error)})")
     if not hasattr(core.config, "vocab_size"):
@@ -276,9 +287,9 @@ class FPT(nn.Module):
         torch.manual_seed(args.seed)  # a checkpoint leaves the frozen random core out: the seed brings it back
         self.core = load_core(args)
         width = self.core.config.hidden_size
-        self.positions = self.core.config.max_position_embeddings
-        self.causal = any(getattr(module, "is_causal", False) for module in self.core.modules())
         self.pool = args.pool
+        self.positions = self.core.config.max_position_embeddings - (self.pool == "cls")
+        self.causal = any(getattr(module, "is_causal", False) for module in self.core.modules())
         if discrete:
             self.input = nn.Embedding(inputs, width, padding_idx=0)
             nn.init.normal_(self.input.weight, std=args.in_gain)
@@ -326,9 +337,12 @@ class FPT(nn.Module):
         if lengths is None:
             lengths = torch.full((len(tokens),), time, device=tokens.device)
         real = torch.arange(time, device=tokens.device) < lengths[:, None]
+        if self.pool == "cls":
+            x, lengths = F.pad(x * real[:, :, None], (0, 0, 0, 1)), lengths + 1
+            real = torch.arange(time + 1, device=tokens.device) < lengths[:, None]
         mask = None if self.causal else real
         hidden = self.core(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-        if self.pool == "last":
+        if self.pool != "mean":
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         else:
             pooled = (hidden * real[:, :, None]).sum(1) / lengths[:, None]
