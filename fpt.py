@@ -91,8 +91,8 @@ def flags(task, doc, random_layers=0, **defaults):
     add("--layers", type=number(int, 0), default=None, help=f"keep at most so many blocks of the transformer, the first ones; 0: all; None: all with --pretrained 1, {random_layers or 'all'} with --pretrained 0")
     add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
     add("--init_std", type=number(float, 0), default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
-    add("--qk_std", type=number(float, 0), default=None, help="standard deviation of random queries' and keys' weights; None: --init_std, where a head of 0.08 looks at hardly more than one token")
-    add("--attn_gain", type=gains, default="1", metavar="G,G,...", help="factor on the output of random attention in the first block, the second, ...; the last one holds for all that follow")
+    add("--qk_std", type=number(float, 0), default=0.02, help="the same for the queries and keys of a random GPT-2; drawn at 0.08, a head looks at one token, whichever it happens to be")
+    add("--attn_gain", type=gains, default="1", metavar="G,G,...", help="factors on the attention output of a random GPT-2's first block, second, ...; the last one holds for all that follow. 0 in the first: every token is worked on alone before tokens mix")
     add("--in_gain", type=number(float, 0), default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
     add("--train", type=train_parts, default="in,out,ln,pos", help="parts that are trained: 'all', or some of in,out,ln,pos,attn,ff (input layer, output layer, norms, positions, attention, MLP); the rest stays frozen")
     add("--pool", choices=["last", "mean", "cls"], default="last", help="what the output layer reads: the last real token, as the original, the mean over the real tokens, or an empty token put after them")
@@ -254,7 +254,7 @@ def load_core(args):
             config.initializer_range = args.init_std
             core = AutoModel.from_config(config, dtype=torch.float32)
             for i, block in enumerate(core.h if config.model_type == "gpt2" else []):
-                if args.qk_std is not None:
+                if args.qk_std != args.init_std:
                     nn.init.normal_(block.attn.c_attn.weight[:, :2 * config.n_embd], std=args.qk_std)
                 block.attn.c_proj.weight.data *= args.attn_gain[min(i, len(args.attn_gain) - 1)]
     except (OSError, ValueError) as error:  # what transformers raises for a silent hub and for a folder without a model

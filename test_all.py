@@ -99,8 +99,29 @@ def test_train_all_is_everything_but_the_token_table():
 def test_random_weights_need_no_network_and_have_the_asked_for_scale(gpt2, tmp_path):
     (tmp_path / "config.json").write_text((gpt2 / "config.json").read_text())
     for std in 0.02, 0.08:
-        model = fpt.FPT(flags("--pretrained", 0, "--model", tmp_path, "--init_std", std), 4, 2)
-        assert model.core.h[0].attn.c_attn.weight.std().item() == pytest.approx(std, rel=0.1)
+        model = fpt.FPT(flags("--pretrained", 0, "--model", tmp_path, "--init_std", std, "--qk_std", 0.05, "--attn_gain", "0,3"), 4, 2)
+        for block, gain in zip(model.core.h, (0, 3)):
+            query, key, value = block.attn.c_attn.weight.chunk(3)
+            assert [w.std().item() for w in (query, key, value)] == pytest.approx([0.05, 0.05, std], rel=0.1)
+            assert block.mlp.c_fc.weight.std().item() == pytest.approx(std, rel=0.1)
+            assert block.attn.c_proj.weight.std().item() == pytest.approx(gain * std / 2, rel=0.1)  # GPT-2 divides by sqrt(2 layers)
+
+
+def test_layers_keeps_the_first_blocks(gpt2, tmp_path, capsys):
+    whole, first = (fpt.FPT(flags("--model", gpt2, "--layers", n), 4, 2).core for n in (0, 1))
+    assert len(whole.h) == 2 and len(first.h) == 1 and torch.equal(whole.h[0].mlp.c_fc.weight, first.h[0].mlp.c_fc.weight)
+    assert len(fpt.FPT(flags("--pretrained", 0, "--layers", 5, "--model", gpt2), 4, 2).core.h) == 2  # it has no more
+    assert len(fpt.FPT(flags("--model", tiny_folder("Gemma3Text", tmp_path), "--layers", 1), 4, 2).core.layers) == 1
+
+
+def test_cls_reads_an_empty_token_after_the_last(gpt2):
+    model = fpt.FPT(flags("--model", gpt2, "--pool", "cls"), 20, 2, discrete=True).eval()
+    last = fpt.FPT(flags("--model", gpt2, "--pool", "last"), 20, 2, discrete=True).eval()
+    last.load_state_dict(model.state_dict())
+    ids = torch.randint(1, 20, (3, 5))
+    torch.testing.assert_close(model(ids), last(F.pad(ids, (0, 1))))
+    with pytest.raises(ValueError, match="64 tokens are more than the 63 positions"):
+        model(torch.zeros(1, 64, dtype=torch.long))
 
 
 def test_pretrained_weights_are_the_folders(gpt2):
@@ -157,7 +178,7 @@ def test_other_text_transformers_as_the_core(family, norms, positions, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Bert"])
-@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("pool", ["last", "mean", "cls"])
 def test_a_molecule_does_not_see_its_neighbours_padding(gpt2, tmp_path, family, pool):
     folder = gpt2 if family == "GPT2" else tiny_folder(family, tmp_path)
     model = fpt.FPT(flags("--model", folder, "--pool", pool, "--in_gain", 1), 20, 2, discrete=True).eval()

@@ -19,6 +19,7 @@ def main():
         steps=2500, batch_size=32,      # the original's headline budget
         lr=3e-3, ln_lr=4.0,             # 200 steps, patches of 8, weights at 0.08: validation accuracy 0.31, against 0.28 at 1e-3 and 1
         init_std=0.04, in_gain=0.3,     # the best validation loss of six pairs; 0.02, as GPT-2 has it, is the worst
+        random_layers=2, pool="cls",    # two random blocks and an empty token that reads: better than twelve, in a sixth of the time
         eval_every=250, eval_examples=1000,
     )
     parser.add_argument("--patch_size", type=fpt.number(int, 1), default=4, help="side of a patch in pixels, a divisor of 32; 4 as the original: 64 tokens of 48 numbers")

@@ -16,14 +16,15 @@ import fpt
 def main():
     parser = fpt.flags(
         "mnist_add", __doc__,
-        steps=8000, batch_size=128,     # pairs of digits never run out: longer is better
+        steps=24000, batch_size=128,    # pairs of digits never run out: longer is better
         lr=3e-3, ln_lr=4.0,             # best of three each on the validation split, see the README
         init_std=0.08, in_gain=0.05,    # at GPT-2's own 0.02 and 1.41 random blocks add little to the tokens
+        random_layers=2, attn_gain="0,3", pool="cls",   # read a digit alone, then let an empty token gather them
         eval_every=500, eval_examples=2000,
     )
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
     parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
-    parser.add_argument("--augment", type=int, choices=[0, 1], default=0, help="1: turn, scale and shift training digits a little")
+    parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
 
     def to_tokens(images):
