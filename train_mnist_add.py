@@ -22,7 +22,7 @@ def main():
         random_layers=2, attn_gain="0,3", pool="cls",   # read a digit alone, then let an empty token gather them
         eval_every=500, eval_examples=2000,
     )
-    parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2)")
+    parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2, one of them for --pool cls)")
     parser.add_argument("--loss", choices=["ce", "mse"], default="ce", help="ce: classification over the sums 0..9n; mse: regression of the sum")
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
@@ -45,7 +45,7 @@ def main():
 
     model = fpt.FPT(args, inputs=28 * 28, outputs=outputs)
     if args.n > model.positions:
-        parser.error(f"--n {args.n} is more than the {model.positions} positions of --model {args.model}")
+        parser.error(f"--n {args.n} is more than the {model.positions} positions of --model {args.model}{' beside the one of --pool cls' * (args.pool == 'cls')}")
     if args.predict:
         images = torch.stack([data.read_image(path, "L", 28) for path in args.predict.split(",")])
         if len(images) != args.n or args.loss == "mse":
