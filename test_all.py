@@ -114,6 +114,12 @@ def test_layers_keeps_the_first_blocks(gpt2, tmp_path, capsys):
     assert len(fpt.FPT(flags("--model", tiny_folder("Gemma3Text", tmp_path), "--layers", 1), 4, 2).core.layers) == 1
 
 
+def test_random_cores_have_the_tasks_own_depth_and_pretrained_ones_all(monkeypatch):
+    for argv, layers in ("--pretrained 0", 2), ("--pretrained 1", 0), ("--pretrained 0 --layers 0", 0), ("--layers 3", 3):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", "x", *argv.split()])
+        assert fpt.parse(fpt.flags("cifar", "", random_layers=2), demo={}).layers == layers
+
+
 def test_cls_reads_an_empty_token_after_the_last(gpt2):
     model = fpt.FPT(flags("--model", gpt2, "--pool", "cls"), 20, 2, discrete=True).eval()
     last = fpt.FPT(flags("--model", gpt2, "--pool", "last"), 20, 2, discrete=True).eval()
