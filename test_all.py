@@ -107,7 +107,7 @@ def test_random_weights_need_no_network_and_have_the_asked_for_scale(gpt2, tmp_p
             assert block.attn.c_proj.weight.std().item() == pytest.approx(gain * std / 2, rel=0.1)  # GPT-2 divides by sqrt(2 layers)
 
 
-def test_layers_keeps_the_first_blocks(gpt2, tmp_path, capsys):
+def test_layers_keeps_the_first_blocks(gpt2, tmp_path):
     whole, first = (fpt.FPT(flags("--model", gpt2, "--layers", n), 4, 2).core for n in (0, 1))
     assert len(whole.h) == 2 and len(first.h) == 1 and torch.equal(whole.h[0].mlp.c_fc.weight, first.h[0].mlp.c_fc.weight)
     assert len(fpt.FPT(flags("--pretrained", 0, "--layers", 5, "--model", gpt2), 4, 2).core.h) == 2  # it has no more
