@@ -99,12 +99,21 @@ def test_train_all_is_everything_but_the_token_table():
 def test_random_weights_need_no_network_and_have_the_asked_for_scale(gpt2, tmp_path):
     (tmp_path / "config.json").write_text((gpt2 / "config.json").read_text())
     for std in 0.02, 0.08:
-        model = fpt.FPT(flags("--pretrained", 0, "--model", tmp_path, "--init_std", std, "--qk_std", 0.05, "--attn_gain", "0,3"), 4, 2)
-        for block, gain in zip(model.core.h, (0, 3)):
+        model = fpt.FPT(flags("--pretrained", 0, "--model", tmp_path, "--init_std", std, "--qk_std", 0.05, "--attn_gain", "2,3"), 4, 2)
+        for block, gain in zip(model.core.h, (2, 3)):
             query, key, value = block.attn.c_attn.weight.chunk(3)
             assert [w.std().item() for w in (query, key, value)] == pytest.approx([0.05, 0.05, std], rel=0.1)
             assert block.mlp.c_fc.weight.std().item() == pytest.approx(std, rel=0.1)
             assert block.attn.c_proj.weight.std().item() == pytest.approx(gain * std / 2, rel=0.1)  # GPT-2 divides by sqrt(2 layers)
+
+
+def test_a_gain_of_0_is_attention_that_adds_nothing(gpt2):
+    model, zeroed = (fpt.FPT(flags("--pretrained", 0, "--model", gpt2, "--attn_gain", gains), 4, 2) for gains in ("0,3", "1,3"))
+    zeroed.core.h[0].attn.c_proj.weight.data.zero_()
+    tokens = torch.randn(2, 5, 4)
+    torch.testing.assert_close(model(tokens), zeroed(tokens))
+    model(tokens).sum().backward()
+    assert all(p.grad is not None for name, p in model.core.named_parameters() if "ln" in name)  # DistributedDataParallel waits for each
 
 
 def test_layers_keeps_the_first_blocks(gpt2, tmp_path):
@@ -301,6 +310,13 @@ def test_init_goes_on_from_a_checkpoint(gpt2, tmp_path):
     assert same["test_loss"] == first["test_loss"]
     _, longer = toy(toy_flags(gpt2, tmp_path / "longer", "--init", tmp_path / "first" / "best.pt", "--steps", 100))
     assert longer["test_loss"] < first["test_loss"]
+    easier = fpt.load_checkpoint(tmp_path / "first" / "best.pt")["trained"]
+    harder = fpt.FPT(flags("--model", gpt2), 4, 5)  # five classes instead of three: only the output layer starts anew
+    new = harder.output.weight.clone()
+    fpt.load_trained(flags("--model", gpt2), harder, tmp_path / "first" / "best.pt", whole=False)
+    assert torch.equal(harder.input.weight, easier["input.weight"]) and torch.equal(harder.output.weight, new)
+    with pytest.raises(SystemExit, match="does not fit"):
+        fpt.load_trained(flags("--model", gpt2), harder, tmp_path / "first" / "best.pt")
 
 
 def test_the_best_checkpoint_is_tested_and_patience_ends_the_run(gpt2, tmp_path, monkeypatch):
