@@ -119,7 +119,7 @@ def flags(task, doc, random_layers=0, **defaults):
     add("--out", default=None, help=f"folder of log.jsonl, best.pt and last.pt; None: the next free runs/{task}, runs/{task}-2, ...; with --resume 1 the latest of them")
     add("--resume", type=int, choices=[0, 1], default=0, help="1: go on from <out>/last.pt as if the run had never been stopped; it brings its own flags")
     add("--eval", default=None, metavar="PATH", help="evaluate this checkpoint on the test set instead of training; it brings its own flags")
-    add("--init", default=None, metavar="PATH", help="start from the trained parts of this checkpoint, with a new optimizer and schedule: to train longer than was planned, or from an easier task (parts of another shape, as the output layer of another --n, start anew)")
+    add("--init", default=None, metavar="PATH", help="start from the trained parts of this checkpoint, with a new optimizer and schedule, to train longer than was planned")
     add("--predict", default=None, metavar="INPUT", help="print what the checkpoint of --eval says about this input (see the examples on top)")
     add("--wandb", default=None, metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no account)")
     add("--demo", type=int, choices=[0, 1], default=0, help="1: a few hundred generated examples and a short run, no network; the result says nothing about the real task")
@@ -454,17 +454,13 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_trained(args, model, path, whole=True):
-    """Put the trained parts of a checkpoint into the model, or with whole=False those that fit it. Returns the checkpoint."""
+def load_trained(args, model, path):
+    """Put the trained parts of a checkpoint into the model. Returns the checkpoint."""
     checkpoint = load_checkpoint(path)
     if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
         sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
-    trained, own = checkpoint["trained"], model.state_dict()
-    if not whole:
-        trained = {name: value for name, value in trained.items() if name in own and value.shape == own[name].shape}
-        print(f"From {path}: {', '.join(trained)}")
     try:
-        model.load_state_dict(trained, strict=False)
+        model.load_state_dict(checkpoint["trained"], strict=False)
     except RuntimeError as error:
         sys.exit(f"{path} does not fit the model that these flags give: {one_line(error)}")
     return checkpoint
@@ -563,7 +559,7 @@ def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
     elif not args.resume and (out / "log.jsonl").exists():
         sys.exit(f"{out} already holds a run: go on with it (--resume 1 --out {out}), choose another --out, or delete it")
     elif args.init:
-        load_trained(args, model, args.init, whole=False)
+        load_trained(args, model, args.init)
     if WORLD > 1:
         dist.barrier()  # every process has looked before the first one writes
     if RANK == 0:
