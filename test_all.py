@@ -1153,6 +1153,27 @@ def test_digits_are_turned_scaled_and_shifted_a_little():
     assert len({tuple(image.flatten().tolist()) for image in moved}) == 600
 
 
+def test_edges_say_in_which_direction_it_gets_brighter():
+    images = torch.zeros(2, 3, 28, 28)
+    images[0, 1, :, 14:] = 255  # brighter to the right
+    images[1, 2, 14:] = 255     # brighter downwards
+    maps = train_mnist_add.edges(images).view(2, 3, 8, 14, 14)
+    towards = maps[:, :, :, 1:-1, 1:-1].sum((3, 4))
+    slant = 0.5 ** 0.5
+    full = towards[0, 1, 0]
+    assert full > 0 and torch.allclose(towards[0, 1] / full, torch.tensor([1, slant, 0, 0, 0, 0, 0, slant]), atol=1e-5)
+    assert torch.allclose(towards[1, 2] / full, torch.tensor([0, slant, 1, slant, 0, 0, 0, 0]), atol=1e-5)
+    assert maps[0, 1, 0, 1:-1, [0, 5, 8, 13]].max() == 0 and (towards.sum(2) > 0).sum() == 2
+
+
+def test_l1_is_the_absolute_and_mse_the_squared_error_of_the_sum(gpt2, tmp_path, monkeypatch):
+    runs = {loss: run_main(monkeypatch, "train_mnist_add", "--demo", 1, "--model", gpt2, "--n", 3, "--loss", loss, "--steps", 1, "--data",
+                           tmp_path / "data", "--out", tmp_path / loss) for loss in ("l1", "mse")}
+    spread = 2.87 * 3 ** 0.5
+    assert runs["l1"]["test_loss"] * spread == pytest.approx(runs["l1"]["test_mae"], abs=0.26)  # the error is of rounded sums
+    assert runs["mse"]["test_loss"] * spread**2 == pytest.approx(runs["mse"]["test_mse"], rel=0.1)
+
+
 def demo(script, tmp_path, *argv):
     run = run_script(script, "--demo", 1, "--data", tmp_path / "data", "--out", tmp_path / "run", *argv)
     assert run.returncode == 0, run.stderr
@@ -1174,7 +1195,7 @@ def test_the_demo_of_every_script_learns_on_cuda_if_there_is_one(script, task, t
 
 @pytest.mark.parametrize("script, argv", [
     ("train_cifar", ["--patch_size", 16, "--augment", 1]), ("train_speech", ["--tokens", "wave"]),
-    ("train_cyp3a4", ["--tokens", "smiles"]), ("train_mnist_add", ["--n", 3, "--loss", "mse"])])
+    ("train_cyp3a4", ["--tokens", "smiles"]), ("train_mnist_add", ["--n", 3, "--loss", "mse", "--tokens", "pixels"])])
 def test_the_other_choices_run_on_pretrained_weights(script, argv, tmp_path, monkeypatch):
     from transformers import GPT2Config, GPT2Model
 
