@@ -1149,7 +1149,7 @@ def test_digits_are_turned_scaled_and_shifted_a_little():
     assert moved.min() >= 0 and moved.max() <= 255.01
     assert moved.mean().item() == pytest.approx(images.mean().item(), rel=0.05)
     middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
-    assert middle.abs().max() < 2.5 and middle.std() > 0.5  # 2 pixels of a digit shrunk by 15 %
+    assert middle.abs().max() < 2.9 and middle.std() > 0.5  # 2 pixels each way, turned by 12 degrees and 15 % larger
     assert len({tuple(image.flatten().tolist()) for image in moved}) == 600
 
 
