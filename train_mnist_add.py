@@ -1,7 +1,7 @@
 """The sum of n MNIST digits (MNISTDigitAddition), one 28x28 digit a token; n = 1 is plain MNIST.
 
     python train_mnist_add.py --pretrained 0 --n 2          # frozen random GPT-2 on sums of two digits
-    python train_mnist_add.py --pretrained 0 --n 10 --loss l1
+    python train_mnist_add.py --pretrained 0 --n 10 --loss l1 --pool mean --attn_gain 0     # the pooling adds, see the README
     python train_mnist_add.py --pretrained 0 --demo 1       # no network, about a minute
     python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white digits on black
 """
@@ -26,7 +26,7 @@ def main():
         eval_every=500, eval_examples=2000,
     )
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2, one of them for --pool cls)")
-    parser.add_argument("--tokens", choices=["edges", "pixels"], default="edges", help="what a digit's token holds: how much brighter it gets in 8 directions, 14x14 of each, or its 28x28 pixels, as the paper")
+    parser.add_argument("--tokens", choices=["edges", "pixels"], default="edges", help="what a digit's token holds: how much brighter it gets in 8 directions, 14x14 of each, or its 28x28 pixels")
     parser.add_argument("--loss", choices=["ce", "l1", "mse"], default="ce", help="ce: classification over the sums 0..9n; l1, mse: regression of the sum by its absolute or squared error; l1 is best for many digits")
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
