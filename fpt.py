@@ -336,7 +336,7 @@ class FPT(nn.Module):
     def forward(self, tokens, lengths=None):
         """tokens:   float [batch, time, inputs], or int [batch, time] or [batch, time, ids], padded on the right
         lengths:  int [batch], the real tokens of each sequence, at least 1; None: all of them are real
-        returns   float32 [batch, outputs]
+        returns   float32 [batch, outputs], or [batch, time, outputs] where a script sets args.pool to "each"
         """
         time = tokens.shape[1]
         if time > self.positions:
@@ -351,12 +351,15 @@ class FPT(nn.Module):
             x, lengths = F.pad(x * real[:, :, None], (0, 0, 0, 1)), lengths + 1
             real = torch.arange(time + 1, device=tokens.device) < lengths[:, None]
         last = torch.arange(len(x), device=x.device), lengths - 1
-        if self.core.config.model_type == "gpt2" and self.pool != "mean":
+        if self.core.config.model_type == "gpt2" and self.pool in ("last", "cls"):
             pooled = self.gpt2(x, last)
         else:
             mask = None if self.causal else real
-            hidden = self.core(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-            pooled = hidden[last] if self.pool != "mean" else (hidden * real[:, :, None]).sum(1) / lengths[:, None]
+            pooled = self.core(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+            if self.pool == "mean":
+                pooled = (pooled * real[:, :, None]).sum(1) / lengths[:, None]
+            elif self.pool != "each":
+                pooled = pooled[last]
         with torch.autocast(tokens.device.type, enabled=False):  # bf16 cannot tell a sum of 71 from one of 71.2
             return self.output(pooled.float())
 

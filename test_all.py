@@ -10,6 +10,7 @@ import hashlib
 import http.server
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1172,6 +1173,27 @@ def test_l1_is_the_absolute_and_mse_the_squared_error_of_the_sum(gpt2, tmp_path,
     spread = 2.87 * 3 ** 0.5
     assert runs["l1"]["test_loss"] * spread == pytest.approx(runs["l1"]["test_mae"], abs=0.26)  # the error is of rounded sums
     assert runs["mse"]["test_loss"] * spread**2 == pytest.approx(runs["mse"]["test_mse"], rel=0.1)
+
+
+def test_digits_loss_adds_the_distributions_of_single_digits():
+    logits = torch.randn(4, 3, 10, generator=torch.Generator().manual_seed(0))
+    probabilities = logits.softmax(-1)
+    expected = torch.zeros(4, 28)
+    for a, b, c in itertools.product(range(10), repeat=3):
+        expected[:, a + b + c] += probabilities[:, 0, a] * probabilities[:, 1, b] * probabilities[:, 2, c]
+    assert torch.allclose(train_mnist_add.sum_log_probabilities(logits).exp(), expected, atol=1e-6)
+    sure = torch.full((1, 4, 10), -100.0)
+    sure[0, torch.arange(4), torch.tensor([9, 0, 3, 9])] = 100
+    assert train_mnist_add.sum_log_probabilities(sure).argmax() == 21
+    assert train_mnist_add.sum_log_probabilities(sure.requires_grad_()).sum().isfinite()
+
+
+def test_digits_loss_reads_each_token_and_is_evaluated_again_from_its_checkpoint(gpt2, tmp_path, monkeypatch):
+    argv = "--demo", 1, "--model", gpt2, "--data", tmp_path / "data"
+    run = run_main(monkeypatch, "train_mnist_add", *argv, "--n", 3, "--loss", "digits", "--steps", 2, "--out", tmp_path / "run")
+    again = run_main(monkeypatch, "train_mnist_add", *argv, "--eval", tmp_path / "run" / "best.pt")
+    assert run["test_loss"] == again["test_loss"] and run["pool"] == "each"
+    assert run["test_loss"] < math.log(10**12) / 2  # no sum was impossible
 
 
 def demo(script, tmp_path, *argv):

@@ -1,7 +1,7 @@
 """The sum of n MNIST digits (MNISTDigitAddition), one 28x28 digit a token; n = 1 is plain MNIST.
 
     python train_mnist_add.py --pretrained 0 --n 2          # frozen random GPT-2 on sums of two digits
-    python train_mnist_add.py --pretrained 0 --n 10 --loss l1 --pool mean --attn_gain 0     # the pooling adds, see the README
+    python train_mnist_add.py --pretrained 0 --n 10 --loss digits --attn_gain 0 --steps 6000    # many digits: the loss adds
     python train_mnist_add.py --pretrained 0 --demo 1       # no network, about a minute
     python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white digits on black
 """
@@ -27,7 +27,7 @@ def main():
     )
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2, one of them for --pool cls)")
     parser.add_argument("--tokens", choices=["edges", "pixels"], default="edges", help="what a digit's token holds: how much brighter it gets in 8 directions, 14x14 of each, or its 28x28 pixels")
-    parser.add_argument("--loss", choices=["ce", "l1", "mse"], default="ce", help="ce: classification over the sums 0..9n; l1, mse: regression of the sum by its absolute or squared error; l1 is best for many digits")
+    parser.add_argument("--loss", choices=["ce", "l1", "mse", "digits"], default="ce", help="ce: classification over the sums 0..9n; l1, mse: regression of the sum by its absolute or squared error; digits: every token is read as a digit, whatever --pool says, and the loss adds them up, by far the best for many digits")
     parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
 
@@ -38,6 +38,12 @@ def main():
 
     if args.loss == "ce":
         outputs, loss_fn, predict = 9 * args.n + 1, F.cross_entropy, lambda outputs: outputs.argmax(-1)
+    elif args.loss == "digits":
+        args.pool = "each"
+        outputs, predict = 10, lambda outputs: sum_log_probabilities(outputs).argmax(-1)
+
+        def loss_fn(outputs, targets):
+            return F.nll_loss(sum_log_probabilities(outputs), targets)
     else:  # in units of the spread of the sums, so that --lr means the same for every n; the tenth calms the output layer
         mean, spread = 4.5 * args.n, 2.87 * args.n ** 0.5
         outputs, predict = 1, lambda outputs: (0.1 * outputs[:, 0] * spread + mean).round().long()
@@ -46,7 +52,7 @@ def main():
             loss = F.l1_loss if args.loss == "l1" else F.mse_loss
             return loss(0.1 * outputs[:, 0], (targets - mean) / spread)
 
-    def errors(outputs, targets):  # of the predicted sum, a whole number with either loss
+    def errors(outputs, targets):  # of the predicted sum, a whole number with every loss
         error = (predict(outputs) - targets).float()
         return {"mae": error.abs().mean().item(), "mse": error.square().mean().item()}
 
@@ -97,6 +103,15 @@ def jiggle(images):
     affine = torch.stack([torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)], 1)
     grid = F.affine_grid(affine, (batch * n, 1, side, side), align_corners=False)
     return F.grid_sample(images.view(-1, 1, side, side), grid, align_corners=False).view_as(images)
+
+
+def sum_log_probabilities(outputs):
+    """The sum of n digits that are read one by one: logits [batch, n, 10] -> log probabilities of the sums 0..9n [batch, 9n + 1]."""
+    digits = outputs.softmax(-1)
+    sums = digits[:, 0]
+    for digit in digits[:, 1:].flip(-1).unbind(1):  # each sum's chance is a convolution, one for each example
+        sums = F.conv1d(sums[None], digit[:, None], padding=9, groups=len(digits))[0]
+    return (sums + 1e-12).log()
 
 
 def sum_distribution(labels, n):
