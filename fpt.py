@@ -470,12 +470,13 @@ def load_trained(args, model, path):
 
 
 @torch.no_grad()
-def print_prediction(args, model, classes, tokens, lengths=None):
-    """Print the classes and their probabilities for one example, tokens [1, ...], the likeliest first."""
+def print_prediction(args, model, classes, tokens, logits=lambda outputs: outputs):
+    """Print the classes and their probabilities for one example, tokens [1, ...], the likeliest first; logits(outputs) are theirs."""
     load_trained(args, model, args.eval)
     model.to(args.device).eval()
     with autocast(args):
-        probabilities = model(tokens.to(args.device), lengths)[0].softmax(-1)
+        outputs = model(tokens.to(args.device))
+    probabilities = logits(outputs)[0].softmax(-1)
     for i in probabilities.argsort(descending=True).tolist()[:10]:
         print(f"{probabilities[i]:7.2%}  {classes[i]}")
 

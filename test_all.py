@@ -1181,11 +1181,11 @@ def test_digits_loss_adds_the_distributions_of_single_digits():
     expected = torch.zeros(4, 28)
     for a, b, c in itertools.product(range(10), repeat=3):
         expected[:, a + b + c] += probabilities[:, 0, a] * probabilities[:, 1, b] * probabilities[:, 2, c]
-    assert torch.allclose(train_mnist_add.sum_log_probabilities(logits).exp(), expected, atol=1e-6)
+    assert torch.allclose(train_mnist_add.sum_logits(logits).exp(), expected, atol=1e-6)
     sure = torch.full((1, 4, 10), -100.0)
     sure[0, torch.arange(4), torch.tensor([9, 0, 3, 9])] = 100
-    assert train_mnist_add.sum_log_probabilities(sure).argmax() == 21
-    assert train_mnist_add.sum_log_probabilities(sure.requires_grad_()).sum().isfinite()
+    assert train_mnist_add.sum_logits(sure).argmax() == 21
+    assert train_mnist_add.sum_logits(sure.requires_grad_()).sum().isfinite()
 
 
 def test_digits_loss_reads_each_token_and_is_evaluated_again_from_its_checkpoint(gpt2, tmp_path, monkeypatch):
@@ -1235,7 +1235,8 @@ def test_the_other_choices_run_on_pretrained_weights(script, argv, tmp_path, mon
     ("train_cifar", ["--patch_size", 16], "image.png", set(train_cifar.CLASSES)),
     ("train_speech", [], "clip.wav", {"low_rise", "low_fall", "low_level", "high_rise", "high_fall", "high_level"}),
     ("train_cyp3a4", [], "CC(=O)Nc1ccc(O)cc1", {"inhibitor", "no inhibitor"}),
-    ("train_mnist_add", ["--n", 2], "image.png,image.png", {str(i) for i in range(19)})])
+    ("train_mnist_add", ["--n", 2], "image.png,image.png", {str(i) for i in range(19)}),
+    ("train_mnist_add", ["--n", 2, "--loss", "digits"], "image.png,image.png", {str(i) for i in range(19)})])
 def test_a_prediction_names_classes_with_probabilities(script, argv, given, classes, gpt2, tmp_path, monkeypatch, capsys):
     from PIL import Image
 

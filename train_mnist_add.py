@@ -36,14 +36,16 @@ def main():
             return (images.flatten(2) / 255 - 0.1307) / 0.3081
         return (edges(images.float()) - 0.0604) / 0.167
 
-    if args.loss == "ce":
-        outputs, loss_fn, predict = 9 * args.n + 1, F.cross_entropy, lambda outputs: outputs.argmax(-1)
-    elif args.loss == "digits":
-        args.pool = "each"
-        outputs, predict = 10, lambda outputs: sum_log_probabilities(outputs).argmax(-1)
+    if args.loss in ("ce", "digits"):
+        outputs, logits = 9 * args.n + 1, lambda outputs: outputs
+        if args.loss == "digits":
+            args.pool, outputs, logits = "each", 10, sum_logits
+
+        def predict(outputs):
+            return logits(outputs).argmax(-1)
 
         def loss_fn(outputs, targets):
-            return F.nll_loss(sum_log_probabilities(outputs), targets)
+            return F.cross_entropy(logits(outputs), targets)
     else:  # in units of the spread of the sums, so that --lr means the same for every n; the tenth calms the output layer
         mean, spread = 4.5 * args.n, 2.87 * args.n ** 0.5
         outputs, predict = 1, lambda outputs: (0.1 * outputs[:, 0] * spread + mean).round().long()
@@ -61,9 +63,9 @@ def main():
         parser.error(f"--n {args.n} is more than the {model.positions} positions of --model {args.model}{' beside the one of --pool cls' * (args.pool == 'cls')}")
     if args.predict:
         images = torch.stack([data.read_image(path, "L", 28) for path in args.predict.split(",")])
-        if len(images) != args.n or args.loss != "ce":
-            parser.error(f"--predict takes {args.n} image files, as many as the digits this checkpoint adds, and needs --loss ce")
-        return fpt.print_prediction(args, model, range(outputs), to_tokens(images[None]))
+        if len(images) != args.n or outputs == 1:
+            parser.error(f"--predict takes {args.n} image files, as many as the digits this checkpoint adds, and needs --loss ce or digits")
+        return fpt.print_prediction(args, model, range(9 * args.n + 1), to_tokens(images[None]), logits)
 
     digits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in data.mnist(args.data, args.demo).items()}
     fixed = {split: data.sum_indices(len(digits[split][0]), args.n).to(args.device) for split in ("validation", "test")}
@@ -105,8 +107,8 @@ def jiggle(images):
     return F.grid_sample(images.view(-1, 1, side, side), grid, align_corners=False).view_as(images)
 
 
-def sum_log_probabilities(outputs):
-    """The sum of n digits that are read one by one: logits [batch, n, 10] -> log probabilities of the sums 0..9n [batch, 9n + 1]."""
+def sum_logits(outputs):
+    """The sum of n digits that are read one by one: logits [batch, n, 10] -> those of the sums 0..9n [batch, 9n + 1], log probabilities."""
     digits = outputs.softmax(-1)
     sums = digits[:, 0]
     for digit in digits[:, 1:].flip(-1).unbind(1):  # each sum's chance is a convolution, one for each example
