@@ -1154,6 +1154,20 @@ def test_digits_are_turned_scaled_and_shifted_a_little():
     assert len({tuple(image.flatten().tolist()) for image in moved}) == 600
 
 
+def test_bent_digits_are_warped_on_average_not_at_all():
+    images = torch.zeros(300, 2, 28, 28)
+    images[:, :, 13:15, 4:24] = 255  # a bar from left to right
+
+    def middle_off_the_line(bend):  # how many pixels the bar's middle is above the line between two places left and right of it
+        moved = train_mnist_add.jiggle(images, bend).flatten(0, 1)
+        height = (moved * torch.arange(28)[:, None]).sum(1) / moved.sum(1)
+        return height[:, 14] - (height[:, 9] + height[:, 19]) / 2
+
+    assert middle_off_the_line(bend=False).std() < 0.2
+    bent = middle_off_the_line(bend=True)
+    assert 0.3 < bent.std() < 2 and bent.mean().abs() < 0.15
+
+
 def test_edges_say_in_which_direction_it_gets_brighter():
     images = torch.zeros(2, 3, 28, 28)
     images[0, 1, :, 14:] = 255  # brighter to the right

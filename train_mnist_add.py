@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2, one of them for --pool cls)")
     parser.add_argument("--tokens", choices=["edges", "pixels"], default="edges", help="what a digit's token holds: how much brighter it gets in 8 directions, 14x14 of each, or its 28x28 pixels")
     parser.add_argument("--loss", choices=["ce", "l1", "mse", "digits"], default="ce", help="ce: classification over the sums 0..9n; l1, mse: regression of the sum by its absolute or squared error; digits: every token is read as a digit, whatever --pool says, and the loss adds them up, by far the best for many digits")
-    parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay")
+    parser.add_argument("--augment", type=int, choices=[0, 1, 2], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay. 2: bend them too, for some million digits")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
 
     def to_tokens(images):  # with mean 0 and standard deviation 1 over MNIST's training part
@@ -79,7 +79,7 @@ def main():
             chosen = fixed[split][index.to(args.device, non_blocking=True)]
         pixels = images[chosen].float()
         if split == "train" and args.augment:
-            pixels = jiggle(pixels)
+            pixels = jiggle(pixels, bend=args.augment == 2)
         return to_tokens(pixels), None, labels[chosen].sum(1)
 
     sizes = {split: len(images) for split, (images, _) in digits.items()}
@@ -96,14 +96,18 @@ def edges(images):
     return F.avg_pool2d(torch.stack(brighter, 2).flatten(0, 1), 2).view(*images.shape[:2], -1)
 
 
-def jiggle(images):
-    """Each image [batch, n, 28, 28] turned by up to 12 degrees, scaled by up to 15 % and shifted by at most 2 pixels."""
+def jiggle(images, bend=False):
+    """Each image [batch, n, 28, 28] turned by up to 12 degrees, scaled by up to 15 % and shifted by at most 2 pixels;
+    with bend also warped smoothly, as by Simard et al. 2003, doi 10.1109/ICDAR.2003.1227801, by 0.7 pixels or so each way."""
     batch, n, side, _ = images.shape
     random = torch.rand(4, batch * n, device=images.device) * 2 - 1
     turn, scale, shift = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
     cosine, sine = turn.cos() * scale, turn.sin() * scale
     affine = torch.stack([torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)], 1)
     grid = F.affine_grid(affine, (batch * n, 1, side, side), align_corners=False)
+    if bend:
+        warp = 1.4 / side * torch.randn(batch * n, 2, 5, 5, device=images.device)
+        grid = grid + F.interpolate(warp, (side, side), mode="bilinear").movedim(1, 3)
     return F.grid_sample(images.view(-1, 1, side, side), grid, align_corners=False).view_as(images)
 
 
