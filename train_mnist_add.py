@@ -1,7 +1,7 @@
 """The sum of n MNIST digits (MNISTDigitAddition), one 28x28 digit a token; n = 1 is plain MNIST.
 
     python train_mnist_add.py --pretrained 0 --n 2          # frozen random GPT-2 on sums of two digits
-    python train_mnist_add.py --pretrained 0 --n 10 --loss digits --attn_gain 0 --steps 6000    # many digits: the loss adds
+    python train_mnist_add.py --pretrained 0 --n 10 --loss digits --attn_gain 0 --augment 2 --steps 6000   # the loss adds
     python train_mnist_add.py --pretrained 0 --demo 1       # no network, about a minute
     python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white digits on black
 """
