@@ -672,7 +672,7 @@ WRONG_FLAGS = [
     ("train_cifar", "--eval a.pt --resume 1", "choose one"),
     ("train_speech", "--tokens midi", "invalid choice: 'midi'"),
     ("train_mnist_add", "--n 0", "--n: 0 is not"),
-    ("train_mnist_add", "--n 64 --model {gpt2}", "--n 64 is more than the 63 positions"),
+    ("train_mnist_add", "--n 64 --loss ce --model {gpt2}", "--n 64 is more than the 63 positions"),
 ]
 
 
@@ -1168,6 +1168,21 @@ def test_bent_digits_are_warped_on_average_not_at_all():
     assert 0.3 < bent.std() < 2 and bent.mean().abs() < 0.15
 
 
+def test_upright_digits_are_centred_and_lose_their_slant():
+    row, column = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    images = torch.zeros(1, 4, 28, 28)
+    for image, slant, x, y in zip(images[0], (0, 0.3, -0.5), (13.5, 16, 11.5), (13.5, 12, 15.5)):  # strokes of one shape and size
+        away = column - (x - slant * (row - y))
+        image[:] = 255 * (1 - (away.abs() - 1).clamp(0, 1)) * (1 - ((row - y).abs() - 6).clamp(0, 1))
+    straight = train_mnist_add.upright(images)[0]
+    assert torch.allclose(straight[0], images[0, 0], atol=0.1)  # it stood there already
+    for stroke in straight[1:3]:
+        ink = stroke / stroke.sum()
+        assert (ink * column).sum() == pytest.approx(13.5, abs=0.1) and (ink * row).sum() == pytest.approx(13.5, abs=0.1)
+        assert (ink * (row - 13.5) * (column - 13.5)).sum().abs() < 0.3 and (stroke - straight[0]).abs().mean() < 4
+    assert straight[3].abs().max() == 0  # nothing drawn, nothing divided by zero
+
+
 def test_edges_say_in_which_direction_it_gets_brighter():
     images = torch.zeros(2, 3, 28, 28)
     images[0, 1, :, 14:] = 255  # brighter to the right
@@ -1204,10 +1219,12 @@ def test_digits_loss_adds_the_distributions_of_single_digits():
 
 def test_digits_loss_reads_each_token_and_is_evaluated_again_from_its_checkpoint(gpt2, tmp_path, monkeypatch):
     argv = "--demo", 1, "--model", gpt2, "--data", tmp_path / "data"
-    run = run_main(monkeypatch, "train_mnist_add", *argv, "--n", 3, "--loss", "digits", "--steps", 2, "--out", tmp_path / "run")
+    run = run_main(monkeypatch, "train_mnist_add", *argv, "--n", 3, "--steps", 2, "--out", tmp_path / "run")
     again = run_main(monkeypatch, "train_mnist_add", *argv, "--eval", tmp_path / "run" / "best.pt")
-    assert run["test_loss"] == again["test_loss"] and run["pool"] == "each"
+    assert run["test_loss"] == again["test_loss"] and (run["loss"], run["pool"]) == ("digits", "each")
     assert run["test_loss"] < math.log(10**12) / 2  # no sum was impossible
+    two = run_main(monkeypatch, "train_mnist_add", *argv, "--n", 2, "--steps", 1, "--out", tmp_path / "two")
+    assert (two["loss"], two["pool"]) == ("ce", "cls")  # there the network adds
 
 
 def demo(script, tmp_path, *argv):

@@ -26,15 +26,21 @@ def main():
         eval_every=500, eval_examples=2000,
     )
     parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add, up to the positions of the model (1,024 in GPT-2, one of them for --pool cls)")
-    parser.add_argument("--tokens", choices=["edges", "pixels"], default="edges", help="what a digit's token holds: how much brighter it gets in 8 directions, 14x14 of each, or its 28x28 pixels")
-    parser.add_argument("--loss", choices=["ce", "l1", "mse", "digits"], default="ce", help="ce: classification over the sums 0..9n; l1, mse: regression of the sum by its absolute or squared error; digits: every token is read as a digit, whatever --pool says, and the loss adds them up, by far the best for many digits")
+    parser.add_argument("--tokens", choices=["upright", "edges", "pixels"], default="upright", help="what a digit's token holds; edges: how much brighter it gets in 8 directions, 14x14 of each; upright: the same of the digit centred and without its slant; pixels: its 28x28 pixels")
+    parser.add_argument("--loss", choices=["ce", "l1", "mse", "digits"], default=None, help="ce: classification over the sums 0..9n; l1, mse: regression of the sum by its absolute or squared error; digits: every token is read as a digit, whatever --pool says, and the loss adds them up; None: ce for one or two digits, digits, by far the best, for more")
     parser.add_argument("--augment", type=int, choices=[0, 1, 2], default=1, help="1: turn, scale and shift training digits a little; needs some thousand steps to pay. 2: bend them too, for some million digits")
     args = fpt.parse(parser, demo=dict(n=1, steps=120, batch_size=32, eval_every=40))
+    if args.loss is None:
+        args.loss = "ce" if args.n <= 2 else "digits"
 
-    def to_tokens(images):  # with mean 0 and standard deviation 1 over MNIST's training part
+    def to_tokens(images):
+        images = images.float()
         if args.tokens == "pixels":
-            return (images.flatten(2) / 255 - 0.1307) / 0.3081
-        return (edges(images.float()) - 0.0604) / 0.167
+            tokens = images.flatten(2) / 255
+        else:
+            tokens = edges(upright(images) if args.tokens == "upright" else images)
+        mean, std = {"pixels": (0.1307, 0.3081), "edges": (0.0604, 0.1671), "upright": (0.0557, 0.1487)}[args.tokens]
+        return (tokens - mean) / std  # mean 0 and standard deviation 1 over MNIST's training part
 
     if args.loss in ("ce", "digits"):
         outputs, logits = 9 * args.n + 1, lambda outputs: outputs
@@ -85,6 +91,20 @@ def main():
     sizes = {split: len(images) for split, (images, _) in digits.items()}
     return fpt.fit(args, model, batch, sizes, dummy=int(sum_distribution(digits["train"][1], args.n).argmax()),
                    loss_fn=loss_fn, predict=predict, metrics=errors)
+
+
+def upright(images):
+    """Images [batch, n, 28, 28] moved so that the centre of their ink is in the middle, and sheared so that it stands upright."""
+    ink = images.flatten(0, 1)
+    place = torch.arange(28, device=ink.device) / 14 - 27 / 28  # of the pixels, from left to right and from top to bottom: -1..1
+    mass = ink.sum((1, 2)).clamp(min=1)  # an empty image stays as it is
+    x, y = (ink.sum(1) @ place) / mass, (ink.sum(2) @ place) / mass
+    across, down = (place - x[:, None])[:, None, :], (place - y[:, None])[:, :, None]
+    slant = (ink * across * down).sum((1, 2)) / (ink * down**2).sum((1, 2)).clamp(min=1)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    affine = torch.stack([one, slant, x, zero, one, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, (len(ink), 1, 28, 28), align_corners=False)
+    return F.grid_sample(ink[:, None], grid, align_corners=False).view_as(images)
 
 
 def edges(images):
