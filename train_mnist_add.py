@@ -1,7 +1,7 @@
 """The sum of n MNIST digits (MNISTDigitAddition), one 28x28 digit a token; n = 1 is plain MNIST.
 
     python train_mnist_add.py --pretrained 0 --n 2          # frozen random GPT-2 on sums of two digits
-    python train_mnist_add.py --pretrained 0 --n 10 --loss digits --attn_gain 0 --augment 2 --steps 6000   # the loss adds
+    python train_mnist_add.py --pretrained 0 --n 10 --attn_gain 0 --augment 2 --steps 8000 --batch_size 32    # each digit is read alone
     python train_mnist_add.py --pretrained 0 --demo 1       # no network, about a minute
     python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white digits on black
 """
@@ -18,7 +18,7 @@ import fpt
 def main():
     parser = fpt.flags(
         "mnist_add", __doc__,
-        steps=24000, batch_size=128,    # pairs of digits never run out: longer is better
+        steps=12000, batch_size=128,    # pairs of digits never run out: longer is better
         lr=3e-3, ln_lr=4.0,             # best of three each on the validation split, see the README
         weight_decay=0.5,               # a norm follows the input layer: it would only grow, and learn ever more slowly
         init_std=0.08, in_gain=0.05,    # at GPT-2's own 0.02 and 1.41 random blocks add little to the tokens
