@@ -2,400 +2,319 @@
 
     python -c "import data; print(data.mnist('data')['train'][0].shape)"      # downloads on first use
 
-Every function takes the data folder and demo (True: generate a few hundred examples in the data set's own file format
-under <folder>/demo and read those instead), and returns {"train": ..., "validation": ..., "test": ...}. Validation is
-carved out of the official training part with a fixed seed; the test part is the official one, whole. Tensors are on
-the CPU, whole and small (uint8, int16): the scripts move them to the device once and cut batches there.
+Each takes the data folder and returns {"train": ..., "validation": ..., "test": ...}; with demo=True it reads
+generated files of the same format. Validation is a fixed random part of the official training part, or for
+speech an official list. What cannot be read ends the program with one line (SystemExit).
 """
 import csv
 import hashlib
-import math
-import os
-import pickle
+import inspect
 import random
-import re
-import shutil
-import sys
 import tarfile
+import tempfile
 import wave
-import zipfile
-import zlib
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
+SPLITS = ("train", "validation", "test")
 SPEECH_URL = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 SPEECH_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"  # as torchaudio has it
 SPEECH_RATE = 16000  # samples a second
+CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
+CYP3A4_SHA256 = "7efaaca5d7680cee34fa74f1b83693883dd03ccd23e9eb8801cd16624614861f"  # SMILES<tab>label lines
+SMILES_IDS = 95  # 0 pads, 1..94 are the printable ASCII characters
+BUCKETS = 16384  # atom environments are hashed to 1..BUCKETS
+OR_DEMO = "delete what is broken there; --demo 1 needs no download"
 
 
-def save_cache(path, **arrays):
-    """Write aside, then rename: a run that is killed here leaves no half-written cache."""
-    aside = path.with_suffix(".tmp.npz")
-    np.savez(aside, **arrays)
-    os.replace(aside, path)
-
-
-def load_cache(path):
-    try:
-        return dict(np.load(path))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        sys.exit(f"{path} cannot be read ({error}): delete it, it will be made anew")
-
-
-@contextmanager
-def fetching(files, folder):
-    """A server out of reach, an altered archive or a broken file end as one line that says what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, tarfile.TarError) as error:
-        sys.exit(f"Cannot get {files}: {' '.join(str(error).split())}. Without a network put {files} into {folder}; if something broken is there, "
-                 "delete it; --demo 1 runs without any download")
-
-
-def read_image(path, mode, side):
-    """An image file -> uint8 [side, side] of mode "L" or [side, side, 3] of "RGB", resized."""
-    from PIL import Image
-
-    try:
-        return torch.from_numpy(np.array(Image.open(path).convert(mode).resize((side, side))))
-    except OSError as error:
-        sys.exit(f"{path} is no image that can be read: {error}")
-
-
-def hold_out(x, y, size):
-    """Split off `size` random examples, the same ones every time. Returns (train x, y), (validation x, y)."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return (x[order[size:]], y[order[size:]]), (x[order[:size]], y[order[:size]])
-
-
-# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------
 def cifar10(folder, demo=False):
-    """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB, md5-checked by torchvision.
-
-    Each split is (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9); 45,000 / 5,000 / 10,000 images.
-    """
-    folder = Path(folder) / "demo" if demo else Path(folder)
-    cache = folder / "cifar10.npz"
-    if not cache.exists():
+    """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB, md5 by torchvision.
+    Each split is (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9): 45,000 / 5,000 / 10,000 images.
+    A hand-made <folder>/cifar10.npz with train_x, train_y, test_x, test_y is read instead of a download."""
+    folder = demo_folder(folder, demo_cifar10) if demo else Path(folder)
+    path = folder / "cifar10.npz"
+    if path.exists():
+        with one_line_exit(f"Mend or delete {path}"), np.load(path) as file:
+            train, test = [(file[f"{part}_x"], file[f"{part}_y"]) for part in ("train", "test")]
+            for x, y in train, test:
+                if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3):
+                    raise ValueError(f"images are {x.dtype} {x.shape}, not uint8 [n, 32, 32, 3]")
+                if y.dtype.kind not in "iu" or y.size != len(x) or not np.isin(y, range(10)).all():
+                    raise ValueError(f"labels are {y.dtype} {y.shape}, not {len(x)} integers 0..9")
+    else:
         from torchvision.datasets import CIFAR10
-
-        if demo:
-            demo_cifar10(folder)
-            CIFAR10 = type("DemoCIFAR10", (CIFAR10,), {  # generated files have no official md5
-                "train_list": [(name, None) for name, _ in CIFAR10.train_list],
-                "test_list": [(name, None) for name, _ in CIFAR10.test_list],
-                "meta": CIFAR10.meta | {"md5": None},
-            })
-        with fetching(CIFAR10.filename, folder):
-            train, test = (CIFAR10(folder, train=part, download=not demo) for part in (True, False))
-        save_cache(cache, train_x=train.data, train_y=np.uint8(train.targets), test_x=test.data, test_y=np.uint8(test.targets))
-    arrays = load_cache(cache)
-    x, y, test_x, test_y = (torch.from_numpy(arrays[name]) for name in ("train_x", "train_y", "test_x", "test_y"))
-    train, validation = hold_out(x, y.long(), len(x) // 10)
-    return {"train": train, "validation": validation, "test": (test_x, test_y.long())}
+        with one_line_exit(f"Put {CIFAR10.filename} into {folder}; {OR_DEMO}"):
+            parts = [CIFAR10(folder, train=part, download=True) for part in (True, False)]
+        train, test = [(part.data, np.array(part.targets)) for part in parts]
+    train, test = [(torch.tensor(x), torch.tensor(y.ravel(), dtype=torch.int64)) for x, y in (train, test)]
+    return hold_out(*train, len(train[0]) // 10) | {"test": test}
 
 
 def demo_cifar10(folder):
-    """300 training and 60 test images: five shapes, light on dark or dark on light, make ten classes."""
+    """300 training and 60 test images: ten colours, in noise."""
     rng = np.random.default_rng(0)
-    row, column = np.mgrid[:32, :32]
-    batches = folder / "cifar-10-batches-py"
-    batches.mkdir(parents=True, exist_ok=True)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        labels, images = rng.integers(10, size=60), []
-        for label in labels:
-            y, x = row - rng.integers(13, 19), column - rng.integers(13, 19)
-            shape = [x**2 + y**2 < 100, abs(y) < 4, abs(x) < 4, abs(x - y) < 5, abs(x**2 + y**2 - 90) < 45][label // 2]
-            dark, light = rng.integers(0, 80, (3, 1, 1)), rng.integers(170, 256, (3, 1, 1))
-            images.append(np.where(shape == (label % 2 == 0), light, dark).ravel())
-        (batches / name).write_bytes(pickle.dumps({"data": np.uint8(images), "labels": labels.tolist()}))
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"shape {i}" for i in range(10)]}))
+    colours, y = rng.integers(0, 176, (10, 1, 1, 3)), rng.integers(10, size=360)
+    x = np.uint8(colours[y] + rng.integers(0, 80, (360, 32, 32, 3)))
+    np.savez(folder / "cifar10.npz", train_x=x[60:], train_y=y[60:], test_x=x[:60], test_y=y[:60])
 
 
-# ---- MNIST ---------------------------------------------------------------------------------------------------------
 def mnist(folder, demo=False):
-    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, from torchvision's mirrors, 12 MB, md5-checked.
-
-    Each split is (images uint8 [n, 28, 28], labels int64 [n] in 0..9); 55,000 / 5,000 / 10,000 digits.
-    """
+    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, 12 MB, md5 by torchvision.
+    Each split is (images uint8 [n, 28, 28], labels int64 [n] in 0..9): 55,000 / 5,000 / 10,000 digits."""
     from torchvision.datasets import MNIST
-
-    folder = Path(folder) / "demo" if demo else Path(folder)
-    if demo:
-        demo_mnist(folder)
-    with fetching("the four files *-ubyte", folder / "MNIST" / "raw"):
-        train, test = (MNIST(folder, train=part, download=not demo) for part in (True, False))
-    train, validation = hold_out(train.data, train.targets, len(train.data) // 12)
-    return {"train": train, "validation": validation, "test": (test.data, test.targets)}
+    folder = demo_folder(folder, demo_mnist) if demo else Path(folder)
+    with one_line_exit(f"Put the four files *-ubyte into {folder}/MNIST/raw; {OR_DEMO}"):
+        train, test = [MNIST(folder, train=part, download=True) for part in (True, False)]
+    return hold_out(train.data, train.targets, len(train.data) // 12) | {"test": (test.data, test.targets)}
 
 
 def sum_indices(size, n):
-    """Which digits the fixed examples of an n-digit sum are made of: int64 [size, n]. Every digit serves n times in
-    all, and for n = 1 the examples are the digits themselves."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([torch.arange(size)] + [torch.randperm(size, generator=generator) for _ in range(n - 1)], 1)
+    """Which digits make the fixed examples of an n-digit sum: int64 [size, n]. Each serves n times."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.stack([torch.arange(size)] + [torch.randperm(size, generator=rng) for _ in range(n - 1)], 1)
+
+
+def hold_out(x, y, size):
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return {"train": (x[order[size:]], y[order[size:]]), "validation": (x[order[:size]], y[order[:size]])}
 
 
 def demo_mnist(folder):
-    """600 training and 200 test digits, drawn with a font at random places, sizes and angles, as IDX files."""
+    """600 training and 200 test digits, drawn with a font at random places and angles, as IDX files."""
     from PIL import Image, ImageDraw, ImageFont
-
-    rng = random.Random(0)
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
+    rng, font, raw = random.Random(0), ImageFont.load_default(22), folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
     for name, size in ("train", 600), ("t10k", 200):
-        labels, images = [rng.randrange(10) for _ in range(size)], []
-        for label in labels:
-            image, place, font = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16)), rng.uniform(20, 24)
-            ImageDraw.Draw(image).text(place, str(label), 255, ImageFont.load_default(font), anchor="mm")
-            images.append(np.asarray(image.rotate(rng.uniform(-12, 12))))
-        for kind, array in ("images-idx3", np.uint8(images)), ("labels-idx1", np.uint8(labels)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-            (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
+        y, x = bytes(rng.randrange(10) for _ in range(size)), b""
+        for label in y:
+            image, place = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16))
+            ImageDraw.Draw(image).text(place, str(label), 255, font, anchor="mm")
+            x += image.rotate(rng.uniform(-12, 12)).tobytes()
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([2049, size], ">i4").tobytes() + y)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(np.array([2051, size, 28, 28], ">i4").tobytes() + x)
 
 
-# ---- Speech Commands -----------------------------------------------------------------------------------------------
 def speech_commands(folder, demo=False):
     """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, sha256-checked.
-
-    Each split is (waves int16 [n, 16000], one second at 16 kHz, shorter clips padded with silence at the end; labels
-    int64 [n]), and "classes" is the sorted list of the words, which are the folders present: 35 in the full set.
-    Splits are the official lists; 84,843 / 9,981 / 11,005 clips in the full set.
-    """
-    from torchaudio.datasets import SPEECHCOMMANDS
-
-    folder = Path(folder) / "demo" if demo else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    root, archive = folder / "SpeechCommands" / "speech_commands_v0.02", folder / "speech_commands_v0.02.tar.gz"
-    if demo:
-        demo_speech(folder)
-    with fetching(f"{archive.name} (or its folders as {root})", folder):
+    Each split is (waves int16 [n, 16000], one second, silence at the end of short clips; labels int64 [n]):
+    84,843 / 9,981 / 11,005 clips. "classes" is the sorted list of the words that have a folder."""
+    folder = demo_folder(folder, demo_speech) if demo else Path(folder)
+    root, archive = folder / "SpeechCommands/speech_commands_v0.02", folder / "speech_commands_v0.02.tar.gz"
+    with one_line_exit(f"Put {archive.name} into {folder}, or its folders into {root}; {OR_DEMO}"):
         if not root.exists():
+            if not hasattr(tarfile, "data_filter"):
+                raise SystemExit(f"Take Python 3.10.12, 3.11.4 or newer, or unpack {archive} into {root}")
+            folder.mkdir(parents=True, exist_ok=True)
             if not archive.exists():
                 torch.hub.download_url_to_file(SPEECH_URL, str(archive), SPEECH_SHA256)
-            with tarfile.open(archive) as tar:
-                for member in tqdm(tar, "unpack", unit="file"):
-                    tar.extract(member, root.with_name("unpacking"), filter="data")  # nothing outside this folder
-            root.with_name("unpacking").rename(root)
-        lists = {"train": "training", "validation": "validation", "test": "testing"}
-        sets = {split: SPEECHCOMMANDS(folder, "speech_commands_v0.02", subset=name) for split, name in lists.items()}
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_"))
-    if len(classes) != 35 and not demo:
-        print(f"{root} holds {len(classes)} of the 35 words: the result is comparable only to others on these")
-    clips = []  # (split, file, word)
-    for split, subset in sets.items():
-        for i in range(len(subset)):
-            name, _, word, _, _ = subset.get_metadata(i)
-            if word in classes:  # a list names all 35 words, whichever are here
-                clips.append((split, root.parent / name, word))
-    if len(classes) < 2 or len({split for split, _, _ in clips}) < 3:
-        sys.exit(f"{root} must hold two words at least and clips for all three splits; it has {len(classes)} words, {len(clips)} clips")
+            with made_aside(root) as new, tarfile.open(archive) as tar:
+                tar.extractall(new, tqdm(tar, "unpack", unit="file"), filter="data")
+        words = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] not in "_.")
+        clips = {"train": {f"{word}/{path.name}" for word in words for path in (root / word).glob("*.wav")}}
+        for split, name in ("validation", "validation_list.txt"), ("test", "testing_list.txt"):
+            clips[split] = {clip for clip in (root / name).read_text().split() if clip.split("/")[0] in words}
+            missing = clips[split] - clips["train"]
+            if missing:
+                raise ValueError(f"{len(missing)} clips of {name} are missing, {min(missing)} the first")
+            clips["train"] -= clips[split]
+        sizes = [len(clips[split]) for split in SPLITS]
+        if len(words) < 2 or 0 in sizes:
+            raise ValueError(f"two words, clips for all splits are needed; here are {words}, {sizes} clips")
+    if len(words) != 35 and not demo:
+        print(f"{root} holds {len(words)} of the 35 words: compare results only with others on these")
+    names = [clip for split in SPLITS for clip in sorted(clips[split])]
+    made_by = key(decode, read_wav, SPEECH_RATE, names)
+    waves = torch.from_numpy(cached(folder / f"speech_{made_by}.npz", decode, root, names)["waves"])
+    labels = torch.tensor([words.index(name.split("/")[0]) for name in names])
+    return dict(zip(SPLITS, zip(waves.split(sizes), labels.split(sizes)))) | {"classes": words}
 
-    cache = folder / "speech_commands.npz"
-    names = hashlib.sha256("\n".join(str(path.relative_to(folder)) for _, path, _ in clips).encode()).hexdigest()
-    if not cache.exists() or str(load_cache(cache)["names"]) != names:
-        missing = [str(path) for _, path, _ in clips if not path.exists()]
-        if missing:
-            sys.exit(f"{len(missing)} clips that the official lists name are missing, {missing[0]} the first: "
-                     f"delete {root} so that it is unpacked again")
-        waves = np.zeros((len(clips), SPEECH_RATE), np.int16)
-        for row, (_, path, _) in zip(waves, tqdm(clips, "decode wav files")):
-            samples = read_wav(path)[:SPEECH_RATE]
-            row[:len(samples)] = samples
-        save_cache(cache, waves=waves, names=names)
-    waves = torch.from_numpy(load_cache(cache)["waves"])
-    labels = torch.tensor([classes.index(word) for _, _, word in clips])
-    parts = {split: torch.tensor([part == split for part, _, _ in clips]) for split in lists}
-    return {split: (waves[part], labels[part]) for split, part in parts.items()} | {"classes": classes}
+
+def decode(root, names):
+    waves = np.zeros((len(names), SPEECH_RATE), np.int16)
+    for row, name in zip(waves, tqdm(names, "decode wav files")):
+        samples = read_wav(root / name)[:SPEECH_RATE]
+        row[:len(samples)] = samples
+    return {"waves": waves}
 
 
 def read_wav(path):
-    """Mono 16-bit PCM at 16 kHz -> int16 [samples]."""
-    try:
+    """A wav file, mono, 16 bits, 16 kHz -> numpy int16 [samples]."""
+    with one_line_exit(f"{path} is not the mono wav file of 16 bits and {SPEECH_RATE} Hz that is needed"):
         with wave.open(str(path)) as file:
-            form = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2" if form[1] == 2 else "i1")
-    except (OSError, EOFError, wave.Error) as error:
-        sys.exit(f"{path} is no wav file that can be read: {error}")
-    if form != (1, 2, SPEECH_RATE) or not len(samples):
-        sys.exit(f"{path}: {len(samples)} samples, {form[0]} channels of {8 * form[1]} bits at {form[2]} Hz, where mono, 16 bits, {SPEECH_RATE} Hz is needed")
-    return samples
+            (channels, width, rate, count, *_), samples = file.getparams(), file.readframes(file.getnframes())
+        if (channels, width, rate) != (1, 2, SPEECH_RATE) or not samples:
+            raise ValueError(f"{channels} channels, {8 * width} bits, {rate} Hz, {count} samples")
+        return np.frombuffer(samples, "<i2")
 
 
 def demo_speech(folder):
-    """Six 'words', 70 clips each: a word is a rising, falling or level tone in a low or a high voice, with noise."""
-    rng = np.random.default_rng(0)
-    words = {"low_rise": (200, 400), "low_fall": (400, 200), "low_level": (300, 300),
-             "high_rise": (900, 1800), "high_fall": (1800, 900), "high_level": (1300, 1300)}
-    root = folder / "SpeechCommands" / "speech_commands_v0.02"
-    lists = {"validation": [], "testing": []}
-    for word, (first, last) in words.items():
-        (root / word).mkdir(parents=True, exist_ok=True)
+    """Six words, a to f, 70 clips each: tones of six pitches, in noise."""
+    rng, root = np.random.default_rng(0), folder / "SpeechCommands" / "speech_commands_v0.02"
+    for i, word in enumerate("abcdef"):
+        (root / word).mkdir(parents=True)
         for speaker in range(70):
-            samples = int(rng.integers(12000, 16001))
-            pitch = np.linspace(first, last, samples) * rng.uniform(0.9, 1.1)
-            phase = 2 * np.pi * np.cumsum(pitch) / SPEECH_RATE
-            tone = sum(np.sin(k * phase) / k for k in (1, 2, 3)) * np.hanning(samples)
-            clip = np.int16(6000 * (tone + rng.normal(0, 0.1, samples)))
-            name = f"{word}/{speaker:08x}_nohash_0.wav"
-            with wave.open(str(root / name), "wb") as file:
-                file.setnchannels(1)
-                file.setsampwidth(2)
-                file.setframerate(SPEECH_RATE)
-                file.writeframes(clip.tobytes())
-            if speaker < 20:
-                lists["validation" if speaker < 8 else "testing"].append(name)
-    for split, names in lists.items():
-        (root / f"{split}_list.txt").write_text("\n".join(names) + "\n")
+            time = np.arange(rng.integers(12000, 16001)) / SPEECH_RATE
+            tone = np.sin(2 * np.pi * 200 * 1.5**i * rng.uniform(0.9, 1.1) * time)
+            with wave.open(str(root / word / f"{speaker}.wav"), "wb") as file:
+                file.setparams((1, 2, SPEECH_RATE, 0, "NONE", ""))
+                file.writeframes(np.int16(6000 * (tone + rng.normal(0, 0.2, len(time)))).tobytes())
+    for name, speakers in ("validation_list.txt", range(8)), ("testing_list.txt", range(8, 20)):
+        (root / name).write_text("\n".join(f"{word}/{i}.wav" for word in "abcdef" for i in speakers))
 
 
-# ---- CYP3A4 inhibition ---------------------------------------------------------------------------------------------
-SMILES_TOKEN = re.compile(r"\[[^]]+]|Br|Cl|%\d\d|.")
-BUCKETS = 16384
-
-
-def cyp3a4(folder, demo=False):
-    """CYP3A4 inhibition (Veith et al. 2009) as Therapeutics Data Commons publishes it, CYP3A4_Veith, 0.7 MB:
-    https://tdcommons.ai/single_pred_tasks/adme/#cyp-p450-3a4-inhibition-veith-et-al; checked by its counts.
-
-    Each split is (atom ids int32 [n, 20 + atoms, 4], their counts int64 [n], SMILES tokens int32 [n, tokens], token counts
-    int64 [n], labels int64 [n], 1 for an inhibitor); for the ids see molecule_ids(). The test part is TDC's scaffold
-    split (9,862 / 2,466 molecules); validation is a scaffold split of the training part (0.9 / 0.1), so that no ring
-    system is in two parts.
-    """
-    folder = Path(folder) / "demo" if demo else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def cyp3a4(folder, demo=False, tokens="smiles"):
+    """CYP3A4_Veith (Veith et al. 2009), https://tdcommons.ai/single_pred_tasks/adme/, 0.7 MB, sha256-checked.
+    Each split is (ids int32, see molecule_ids(), 0 pads; lengths int64 [n]; labels int64 [n], 1: inhibitor).
+    Test is TDC's scaffold split (9,862 / 2,466 molecules), validation another of the rest (0.9 / 0.1). Whole
+    Murcko scaffolds are kept apart, but 2,281 test molecules have all their ring systems in training."""
+    import rdkit
+    folder = demo_folder(folder, demo_cyp3a4) if demo else Path(folder)
     path = folder / "cyp3a4_veith.tab"
-    if demo:
-        demo_cyp3a4(path)
-    elif not path.exists():
-        path = folder / "cyp3a4_veith.part"  # gets its name when it has passed the checks
-        with fetching(f"{CYP3A4_URL} as cyp3a4_veith.tab", folder):
+    with one_line_exit(f"Put {path.name} from {CYP3A4_URL} into {folder}; {OR_DEMO}"):
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CYP3A4_URL, str(path))
-    content = path.read_bytes()
-    cache = folder / "cyp3a4_ids.npz"
-    digest = hashlib.sha256(content).hexdigest()
-    if not cache.exists() or str(load_cache(cache)["digest"]) != digest:
-        try:
-            rows = list(csv.DictReader(content.decode().splitlines(), delimiter="\t"))
-            counts = len(rows), sum(float(row["Y"]) == 1 for row in rows)
-            rows[0]["Drug"]
-        except (ValueError, LookupError, TypeError) as error:
-            sys.exit(f"{path} is not the tab-separated table with the columns Drug_ID, Drug and Y ({error!r}): delete it, it will be downloaded again")
-        if not demo and counts != (12328, 5110):
-            sys.exit(f"{path} has {counts[0]:,} molecules, {counts[1]:,} of them inhibitors, where 12,328 and 5,110 are expected: delete it, it will be downloaded again")
-        save_cache(cache, digest=digest, **featurise(rows))
-    if path.suffix == ".part":
-        path.rename(folder / "cyp3a4_veith.tab")
-    arrays = {name: torch.from_numpy(array) for name, array in load_cache(cache).items() if name != "digest"}
-    splits = {}
-    for code, split in enumerate(("train", "validation", "test")):
-        part = arrays["split"] == code
-        splits[split] = tuple(arrays[name][part] for name in ("atoms", "atom_counts", "tokens", "token_counts", "labels"))
-    return splits
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(row["Drug"], int(float(row["Y"]))) for row in csv.DictReader(file, delimiter="\t")]
+        content = "".join(f"{smiles}\t{label}\n" for smiles, label in rows)
+        if not demo and hashlib.sha256(content.encode()).hexdigest() != CYP3A4_SHA256:
+            raise ValueError(f"the {len(rows)} molecules there are not the 12,328 of CYP3A4_Veith")
+    made_by = key(featurise, molecule_ids, scaffold_split, BUCKETS, rdkit.__version__, content)
+    arrays = cached(folder / f"cyp3a4_{tokens}_{made_by}.npz", featurise, rows, tokens)
+    parts = {name: arrays["split"] == code for code, name in enumerate(SPLITS)}
+    arrays = [torch.from_numpy(arrays[name]) for name in ("ids", "lengths", "labels")]
+    return {name: tuple(array[part] for array in arrays) for name, part in parts.items()}
 
 
-def hashed(text):
-    return 1 + zlib.crc32(text.encode()) % BUCKETS
-
-
-def molecule_ids(smiles):
-    """A SMILES string -> (atom ids int32 [20 + atoms, 4], token ids int32 [tokens], RDKit molecule), or None if unreadable.
-
-    The first 20 tokens hold 79 numbers about the whole molecule, four a token: RDKit's property list (weight, logP,
-    polar surface, rings, connectivity, ...) and its surface areas by logP, refractivity and charge, each rounded on a
-    logarithmic scale. Then an atom a token: its Morgan environments of radius 0 to 3 (a lone ion has the first one only).
-    The tokens of the string are its atoms, bonds, branches and ring numbers. All are hashed to 1..BUCKETS; 0 pads.
-    """
+def molecule_ids(smiles, tokens):
+    """A SMILES string -> int32 ids, or None if RDKit reads no molecule. tokens="smiles": [time], characters;
+    "atoms": [time, 4], each atom's Morgan environments of radius 0 to 3, 1..BUCKETS, 0 for none."""
     from rdkit import Chem, RDLogger
-    from rdkit.Chem import rdMolDescriptors
     from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
-
     RDLogger.DisableLog("rdApp.*")
-    molecule = Chem.MolFromSmiles(smiles)
+    smiles = smiles.strip()  # a space inside is refused below: RDKit takes what follows it for a name
+    molecule = Chem.MolFromSmiles(smiles) if all("!" <= letter <= "~" for letter in smiles) else None
     if molecule is None or not molecule.GetNumAtoms():
         return None
-    # Redundant environments are kept: every atom has one for each radius, as far as the molecule reaches.
-    morgan = GetMorganGenerator(radius=3, includeRedundantEnvironments=True)
-    environments = AdditionalOutput()
-    environments.AllocateBitInfoMap()
+    if tokens == "smiles":
+        return torch.tensor([ord(letter) - 32 for letter in smiles], dtype=torch.int32)
+    morgan, environments = GetMorganGenerator(radius=3, includeRedundantEnvironments=True), AdditionalOutput()
+    environments.AllocateBitInfoMap()  # the redundant ones give each atom all radii the molecule reaches
     morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
-    numbers = [*rdMolDescriptors.Properties().ComputeProperties(molecule), *rdMolDescriptors.SlogP_VSA_(molecule),
-               *rdMolDescriptors.SMR_VSA_(molecule), *rdMolDescriptors.PEOE_VSA_(molecule)]
-    whole = torch.zeros(20, 4, dtype=torch.int32)
-    whole.view(-1)[:len(numbers)] = torch.tensor([hashed(f"{i} {10 * math.asinh(number):.0f}") for i, number in enumerate(numbers)])
-    atoms = torch.zeros(molecule.GetNumAtoms(), 4, dtype=torch.int32)
+    ids = torch.zeros(molecule.GetNumAtoms(), 4, dtype=torch.int32)
     for code, places in environments.GetBitInfoMap().items():
         for atom, radius in places:
-            atoms[atom, radius] = 1 + code % BUCKETS
-    tokens = [hashed(token) for token in SMILES_TOKEN.findall(smiles)]
-    return torch.cat([whole, atoms]), torch.tensor(tokens, dtype=torch.int32), molecule
+            ids[atom, radius] = 1 + code % BUCKETS
+    return ids
 
 
-def featurise(rows):
-    """Rows with Drug (a SMILES string) and Y -> the arrays of cyp3a4(), and split: 0 train, 1 validation, 2 test."""
+def featurise(rows, tokens):
+    """[(SMILES, label)] -> the arrays of cyp3a4() for all, and split: 0 train, 1 validation, 2 test."""
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
-
-    atoms, tokens, labels, scaffolds, unreadable = [], [], [], [], []
-    for row in tqdm(rows, "featurise molecules"):
-        ids = molecule_ids(row["Drug"])
-        if ids is None:
-            unreadable.append(row["Drug"])
-            continue
-        atoms.append(ids[0])
-        tokens.append(ids[1])
-        labels.append(int(float(row["Y"])))
-        scaffolds.append(MurckoScaffoldSmiles(mol=ids[2], includeChirality=False))
+    ids = {smiles: molecule_ids(smiles, tokens) for smiles, _ in tqdm(rows, "featurise molecules")}
+    unreadable = [smiles for smiles in ids if ids[smiles] is None]
     if unreadable:
         tqdm.write(f"{len(unreadable)} SMILES that RDKit cannot read are left out: {' '.join(unreadable)}")
-
+    rows = [(smiles, label) for smiles, label in rows if ids[smiles] is not None]
+    scaffolds = [MurckoScaffoldSmiles(smiles.strip(), includeChirality=False) for smiles, _ in rows]
     learn, test = scaffold_split(scaffolds, 0.8)
     _, validation = scaffold_split([scaffolds[i] for i in learn], 0.9)
-    split = np.zeros(len(atoms), np.int64)
-    split[[learn[i] for i in validation]] = 1
-    split[test] = 2
-    return {
-        "atoms": pad_sequence(atoms, batch_first=True).numpy(), "atom_counts": np.array([len(ids) for ids in atoms]),
-        "tokens": pad_sequence(tokens, batch_first=True).numpy(), "token_counts": np.array([len(ids) for ids in tokens]),
-        "labels": np.array(labels), "split": split,
-    }
+    split = np.zeros(len(rows), np.int64)
+    split[test], split[[learn[i] for i in validation]] = 2, 1
+    ids, labels = [ids[smiles] for smiles, _ in rows], np.array([label for _, label in rows])
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).numpy()
+    return {"ids": padded, "lengths": np.array([len(one) for one in ids]), "labels": labels, "split": split}
 
 
-def scaffold_split(scaffolds, fraction, seed=0):
-    """One scaffold for each molecule -> (indices of the first part, indices of the second).
-
-    Molecules of one scaffold stay together. As Therapeutics Data Commons with fractions (fraction, 1 - fraction, 0):
-    groups in order of first appearance are shuffled by Python's random, then each goes to the first part if it fits.
-    """
-    groups = defaultdict(list)
+def scaffold_split(scaffolds, fraction):
+    """One scaffold for each molecule -> (indices of the first part, of the second). No scaffold is in both.
+    As TDC with seed 0, fractions (fraction, 1 - fraction, 0): shuffled groups go first while they fit."""
+    groups = {}
     for i, scaffold in enumerate(scaffolds):
-        groups[scaffold].append(i)
+        groups.setdefault(scaffold, []).append(i)
     groups = list(groups.values())
-    random.Random(seed).shuffle(groups)
+    random.Random(0).shuffle(groups)
     first, second = [], []
     for group in groups:
-        part = first if len(first) + len(group) <= int(len(scaffolds) * fraction) else second
-        part += group
+        (first if len(first) + len(group) <= int(len(scaffolds) * fraction) else second).extend(group)
     return first, second
 
 
-def demo_cyp3a4(path):
-    """400 molecules of a ring, a chain and a ring; those with an imidazole or a triazole, which bind the enzyme's
-    iron as the azole antifungals do, are the inhibitors. Fields are quoted, as in the archive's own copy."""
+def demo_cyp3a4(folder):
+    """400 molecules; the inhibitors have an azole, which binds the enzyme's iron as antifungals do."""
     rng = random.Random(0)
-    heads = ["c1ccccc1", "c1ccc(Cl)cc1", "c1ccc(F)cc1", "c1ccncc1", "c1ccsc1", "C1CCCCC1", "C1CCOCC1", "c1ccc2ccccc2c1"]
-    azoles = ["n1ccnc1", "n1cncn1", "c1cnc[nH]1"]
-    others = ["c1ccco1", "N1CCCC1", "N1CCOCC1", "c1ccccc1", "C(=O)O", "C(N)=O"]
-    lines = ['"Drug_ID"\t"Drug"\t"Y"']
+    heads = "c1ccccc1 c1ccc(Cl)cc1 c1ccc(F)cc1 c1ccncc1 c1ccsc1 C1CCCCC1 C1CCOCC1 c1ccc2ccccc2c1".split()
+    tails = "c1ccco1 N1CCCC1 N1CCOCC1 c1ccccc1 C(=O)O C(N)=O".split(), "n1ccnc1 n1cncn1 c1cnc[nH]1".split()
+    lines = ['"Drug_ID"\t"Drug"\t"Y"']  # quoted, as in the archive's own copy
     for i in range(400):
-        label = rng.randrange(2)
-        chain = "".join(rng.choice(["C", "C", "O", "N", "C(C)", "C(=O)"]) for _ in range(rng.randint(1, 6)))
-        lines.append(f'"{i}"\t"{rng.choice(heads)}{chain}C{rng.choice(azoles if label else others)}"\t"{label}"')
-    path.write_text("\n".join(lines) + "\n")
+        label, chain = rng.randrange(2), "".join(rng.choices("CCON", k=rng.randint(1, 6)))
+        lines.append(f'"{i}"\t"{rng.choice(heads)}{chain}C{rng.choice(tails[label])}"\t"{label}"')
+    (folder / "cyp3a4_veith.tab").write_text("\n".join(lines))
+
+
+def read_image(path, mode, side, ground):
+    """An image file -> uint8 [side, side] of mode "L" or [side, side, 3] of "RGB", upright and resized.
+    Where it is transparent, the grey `ground` shows, 0 (black) to 255 (white)."""
+    from PIL import Image, ImageOps
+    with one_line_exit(f"{path} is no image that can be read"):
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+        behind = Image.new("RGBA", image.size, (ground, ground, ground, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA")).convert(mode)
+        return torch.from_numpy(np.array(image.resize((side, side))))
+
+
+@contextmanager
+def one_line_exit(text):
+    try:
+        yield
+    except Exception as error:  # parsers of broken files raise anything, from EOFError to SyntaxError
+        raise SystemExit(" ".join(f"{type(error).__name__}: {error}. {text}".split()))
+
+
+@contextmanager
+def made_aside(path):
+    """Yields a path in a temporary folder; what is made there becomes `path`, unless another was faster."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
+        yield Path(folder) / path.name
+        try:
+            (Path(folder) / path.name).replace(path)
+        except OSError:
+            if not path.exists():
+                raise
+
+
+def key(*parts):
+    """A short hash of the parts: functions count by their source text, other things by their value."""
+    texts = [inspect.getsource(part) if callable(part) else str(part) for part in parts]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def cached(path, make, *args):
+    """make(*args), a dict of arrays, kept in `path`, whose name carries a key() of all that went in."""
+    if path.exists():
+        with one_line_exit(f"Delete {path}, it will be made anew; it cannot be read"), np.load(path) as file:
+            return dict(file)
+    arrays = make(*args)
+    try:
+        with made_aside(path) as new:
+            np.savez(new, **arrays)
+    except OSError as error:
+        print(f"Going on without a cache: {error}")
+    return arrays
+
+
+def demo_folder(folder, generate):
+    """The folder with the files that generate() makes; its name carries a key() of the code."""
+    path = Path(folder) / "demo" / f"{generate.__name__}_{key(generate)}"
+    if not path.exists():
+        with made_aside(path) as new:
+            new.mkdir()
+            generate(new)
+    return path

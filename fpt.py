@@ -1,328 +1,145 @@
-"""Frozen Pretrained Transformer: GPT-2 with frozen attention and MLP weights, trained on data that is not language.
+"""Frozen Pretrained Transformer (FPT): GPT-2, its attention and MLP frozen, on data that is not language.
 
-    python train_cifar.py --pretrained 0        # this file is what the four scripts share: flags, model, loop
-    python train_cifar.py --help                # every flag with unit, default and reason
-    python fpt.py                               # benchmark: a stock GPT-2 loop against this one, on this machine
+    python train_cifar.py --demo 1              # generated images, nothing is downloaded, a minute
+    python train_cifar.py                       # pretrained GPT-2, frozen
+    python train_cifar.py --pretrained 0        # the same blocks with random weights, frozen
+    python train_cifar.py --layers 0            # the floor: no block at all
+    python train_cifar.py --help                # every flag
 
-Lu et al. 2021, "Pretrained Transformers as Universal Computation Engines", https://arxiv.org/abs/2103.05247.
-Read it top to bottom: flags(), FPT, then fit(), the training loop; benchmark() comes last.
+After Lu et al. 2021, "Pretrained Transformers as Universal Computation Engines", arXiv 2103.05247. This is
+what the train_*.py share. From top to bottom: GPT-2, the FPT around it, its weights, other transformers, the
+training loop, checkpoints, processes and folders, flags.
 """
 import argparse
+import fcntl
+import inspect
+import io
+import itertools
 import json
 import math
-import multiprocessing
 import os
-import pickle
-import re
+import shlex
+import shutil
 import signal
-import statistics
 import sys
+import threading
 import time
-from contextlib import contextmanager
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModel, GPT2Config
+from transformers import AutoConfig, AutoModel, GPT2Config
+from transformers.activations import ACT2FN
 
+
+# ---- GPT-2 ---------------------------------------------------------------------------------------
+class Block(nn.Module):
+    """A block of GPT-2 (Radford et al. 2019), its parts named as in GPT-2's checkpoints.
+
+    x [batch, time, width] -> [batch, time, width]
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, hidden = config.n_embd, config.n_inner or 4 * config.n_embd
+        self.heads = config.n_head
+        self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
+        self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)})
+        # GPT-2's own "gelu_new" is the tanh GELU, which PyTorch has as one fused kernel.
+        name = config.activation_function
+        self.activation = nn.GELU("tanh") if name == "gelu_new" else ACT2FN[name]
+
+    def forward(self, x):
+        # Causal attention: a token reads from itself and from the tokens before it.
+        heads = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, width / heads]
+        if x.is_cuda:
+            read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:  # on a CPU in bf16 the backward pass of the fused kernel makes a step 1.6 times as long
+            future = torch.full((x.shape[1], x.shape[1]), -math.inf, dtype=query.dtype).triu(1)
+            read = (query * key.shape[3] ** -0.5 @ key.transpose(2, 3) + future).softmax(3) @ value
+        x = x + self.attn.c_proj(read.transpose(1, 2).flatten(2))
+        # MLP: each token is worked on alone.
+        return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
+
+
+class GPT2(nn.Module):
+    """GPT-2 without its token table, as our tokens are vectors: x [batch, time, width] -> the same shape."""
+
+    def __init__(self, config, layers):
+        super().__init__()
+        self.width, self.positions = config.n_embd, config.n_positions
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(layers)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, x, lengths=None):
+        # Padding needs no mask: it is on the right, where no real token reads.
+        x = x + self.wpe.weight[:x.shape[1]]
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+# ---- FPT -----------------------------------------------------------------------------------------
 PARTS = ("in", "out", "ln", "pos", "attn", "ff")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
-
-# Flags that belong to a machine or a call, not to a run: a checkpoint does not bring them along.
-OF_THIS_CALL = ("data", "out", "device", "compile", "resume", "eval", "predict", "test", "wandb")
-
-# The sizes of the GPT-2 family, so that random weights need no network.
-GPT2_SIZES = {
-    "distilgpt2": dict(n_layer=6),
-    "gpt2": dict(),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
-
-
-# ---- Flags ---------------------------------------------------------------------------------------------------------
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show every default, and the script's docstring as it was written."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")  # one line, not thirty of usage
-
-
-def train_parts(text):
-    """'in,out,ln' -> the same text, checked; 'all' stands for every part."""
-    unknown = set(text.split(",")) - set(PARTS)
-    if unknown and text != "all":
-        raise argparse.ArgumentTypeError(f"unknown part {', '.join(sorted(unknown))}: use 'all' or some of {','.join(PARTS)}")
-    return text
-
-
-def number(kind, least, below=math.inf):
-    """A checked type for argparse: int or float, from `least` on, below `below`."""
-    def parse_number(text):
-        value = kind(text)
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number from {least} on" + f" and below {below}" * (below < math.inf))
-        return value
-
-    parse_number.__name__ = kind.__name__  # what argparse calls it when the text is no number at all
-    return parse_number
-
-
-def gains(text):
-    """'0,3' -> [0.0, 3.0]"""
-    return [number(float, 0)(part) for part in text.split(",")]
-
-
-def flags(task, doc, random_layers=0, **defaults):
-    """The flags that all scripts share; `defaults` are the task's own choices. Returns an ArgumentParser."""
-    parser = Parser(description=doc, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="gpt2", help="hub name (gpt2, distilgpt2, gpt2-medium, ...) or a local folder; other text transformers that take inputs_embeds work too")
-    add("--layers", type=number(int, 0), default=None, help=f"keep at most so many blocks of the transformer, the first ones; 0: all; None: all with --pretrained 1, {random_layers or 'all'} with --pretrained 0")
-    add("--pretrained", type=int, choices=[0, 1], default=1, help="1: load the weights; 0: same architecture, random weights, no download for the GPT-2 family or a folder")
-    add("--init_std", type=number(float, 0), default=0.02, help="standard deviation of the random weights of --pretrained 0; GPT-2's own is 0.02")
-    add("--qk_std", type=number(float, 0), default=0.02, help="the same for the queries and keys of a random GPT-2; drawn at 0.08, a head looks at one token, whichever it happens to be")
-    add("--attn_gain", type=gains, default="1", metavar="G,G,...", help="factors on the attention output of a random GPT-2's first block, second, ...; the last one holds for all that follow. 0 in the first: every token is worked on alone before tokens mix")
-    add("--in_gain", type=number(float, 0), default=1.41, help="scale of the input layer: gain of the orthogonal linear layer (the original's is 1.41), or standard deviation of the token embedding")
-    add("--train", type=train_parts, default="in,out,ln,pos", help="parts that are trained: 'all', or some of in,out,ln,pos,attn,ff (input layer, output layer, norms, positions, attention, MLP); the rest stays frozen")
-    add("--pool", choices=["last", "mean", "cls"], default="last", help="what the output layer reads: the last real token, as the original, the mean over the real tokens, or an empty token put after them")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="probability; the original's 0.1 slows a mostly frozen model that does not overfit")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=number(int, 1), default=2500, help="gradient steps in all")
-    add("--batch_size", type=number(int, 1), default=32, help="examples a forward pass, of all processes together under torchrun")
-    add("--accumulate", type=number(int, 1), default=1, help="forward passes a gradient step, for a larger batch in the same memory")
-    add("--lr", type=number(float, 0), default=1e-3, help="AdamW's peak learning rate; few, well-scaled weights stand a high one")
-    add("--ln_lr", type=number(float, 0), default=1.0, help="learning rate of the norms, the biases and the positions, as a multiple of --lr")
-    add("--warmup", type=number(int, 0), default=50, help="steps of linear warm-up, then cosine down to zero; AdamW's second moments need some steps to settle")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices only; norms, biases and positions are not decayed")
-    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="precision of the matrix products; auto: bf16 where the hardware has it, else fp16 with loss scaling on CUDA, fp32 on CPU")
-    add("--compile", type=int, choices=[0, 1], default=None, help="torch.compile the model; None: 1 on CUDA, where fused kernels pay, 0 on CPU, where compiling takes longer than it saves")
-    add("--device", default="auto", help="cuda, cuda:1, cpu, ...; auto: cuda if there is one")
-    add("--seed", type=number(int, 0), default=0, help="of the random weights, the data order and the augmentation; never of the splits")
-    add = parser.add_argument_group("evaluation and files").add_argument
-    add("--eval_every", type=number(int, 1), default=250, help="gradient steps between two evaluations")
-    add("--eval_examples", type=number(int, 0), default=0, help="validation examples an evaluation reads, the same ones each time; 0: all. The test set is always read whole")
-    add("--test", type=int, choices=[0, 1], default=1, help="0: leave the test set closed and end with the validation figures, for choosing hyperparameters")
-    add("--best", choices=["loss", "accuracy"], default="accuracy", help="which validation figure picks the checkpoint that is tested")
-    add("--patience", type=number(int, 0), default=0, help="stop after so many evaluations without a better one; 0: never")
-    add("--data", default="data", help="folder of the data sets, downloaded and decoded there on first use")
-    add("--out", default=None, help=f"folder of log.jsonl, best.pt and last.pt; None: the next free runs/{task}, runs/{task}-2, ...; with --resume 1 the latest of them")
-    add("--resume", type=int, choices=[0, 1], default=0, help="1: go on from <out>/last.pt as if the run had never been stopped; it brings its own flags")
-    add("--eval", default=None, metavar="PATH", help="evaluate this checkpoint on the test set instead of training; it brings its own flags")
-    add("--init", default=None, metavar="PATH", help="start from the trained parts of this checkpoint, with a new optimizer and schedule, to train longer than was planned")
-    add("--predict", default=None, metavar="INPUT", help="print what the checkpoint of --eval says about this input (see the examples on top)")
-    add("--wandb", default=None, metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no account)")
-    add("--demo", type=int, choices=[0, 1], default=0, help="1: a few hundred generated examples and a short run, no network; the result says nothing about the real task")
-
-    parser.set_defaults(task=task, random_layers=random_layers, **defaults)
-    return parser
-
-
-def parse(parser, demo):
-    """Parse the command line; `demo` holds the smaller defaults of a --demo 1 run. Returns a Namespace."""
-    argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # in a notebook, argv is the kernel's own
-    args = parser.parse_args(argv)
-    if args.predict and not args.eval:
-        parser.error("--predict needs the checkpoint that shall predict: --eval PATH")
-    if args.eval and args.resume:
-        parser.error("--eval evaluates, --resume 1 trains: choose one")
-    checkpoint = args.eval
-    if args.resume and args.out:
-        checkpoint = Path(args.out) / "last.pt"
-    elif args.resume:
-        checkpoint = max(Path("runs").glob(f"{args.task}*/last.pt"), key=os.path.getmtime, default=None)
-        if not checkpoint:
-            sys.exit(f"No run to go on with: there is no runs/{args.task}*/last.pt; name its folder with --out")
-        args.out = str(checkpoint.parent)
-    saved = {}
-    if args.eval or checkpoint and checkpoint.exists():  # a run that was stopped before its first last.pt starts again
-        saved = load_checkpoint(checkpoint)["flags"]
-        if saved["task"] != args.task:
-            sys.exit(f"{checkpoint} is a checkpoint of the task {saved['task']}, not of {args.task}")
-        here = OF_THIS_CALL + ("amp",) * bool(args.eval)  # a CUDA machine's checkpoint may be evaluated in fp32 elsewhere
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in here}, out=args.out)
-    elif args.demo:
-        parser.set_defaults(**demo)
-    args = parser.parse_args(argv)
-    changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in saved.items()
-               if args.resume and name not in OF_THIS_CALL and getattr(args, name, value) != value]
-    if changed:
-        sys.exit(f"{checkpoint} was made with other flags, going on with {', '.join(changed)} would be another run: leave them out, or start anew in another --out")
-
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuda = args.device.startswith("cuda")
-    if cuda and WORLD > 1:
-        args.device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(LOCAL_RANK)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"--device {args.device} is not there: use --device cpu, or install a torch that sees your GPU ({one_line(error)})")
-    if args.amp == "auto" and cuda:
-        # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.
-        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif args.amp == "auto":
-        cpu = torch.cpu.get_capabilities()
-        args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
-    if args.compile is None:
-        args.compile = int(cuda)
-    if args.layers is None:
-        args.layers = 0 if args.pretrained else args.random_layers
-    runs = 1
-    while not args.out:
-        free = f"runs/{args.task}-{runs}" if runs > 1 else f"runs/{args.task}"
-        args.out = None if Path(free).exists() else free
-        runs += 1
-    if WORLD > 1:
-        if args.batch_size % WORLD:
-            parser.error(f"--batch_size {args.batch_size} is shared by {WORLD} processes: choose a multiple of {WORLD}")
-        if RANK:
-            sys.stdout = open(os.devnull, "w")  # one process prints
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # a download may take as long
-        if LOCAL_RANK:
-            dist.barrier()  # until the first process of this machine has downloaded and decoded: it comes here in fit()
-    if args.demo:
-        print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
-    return args
-
-
-def one_line(error):
-    return " ".join(str(error).split())
-
-
-def run(main):
-    """Call main(); what a user can mend ends as one line and exit code 1, not as a traceback."""
-    try:
-        return main()
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        sys.exit(f"Out of memory: halve --batch_size and double --accumulate, or take --model distilgpt2 ({one_line(error)})")
-    except OSError as error:  # a full disk, a folder that may not be written, a server that is gone
-        sys.exit(f"{type(error).__name__}: {one_line(error)}")
-
-
-# ---- Model ---------------------------------------------------------------------------------------------------------
-def causal_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention without a mask: padding is on the right, so no real token ever sees it. (transformers' own way
-    to find that no mask is needed reads the positions on the host, and would make a GPU wait once a step.)"""
-    time = query.shape[2]
-    if query.is_cuda or time > 512:
-        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
-    else:  # on a CPU the fused kernel's backward pass is several times slower than these products
-        future = torch.full((time, time), -math.inf, dtype=query.dtype).triu(1)
-        heads = F.dropout(((query * scaling) @ key.transpose(2, 3) + future).softmax(-1), dropout) @ value
-    return heads.transpose(1, 2), None
-
-
-AttentionInterface.register("causal", causal_attention)
-
-
-def load_config(args):
-    """The shape of --model: known here for a random member of the GPT-2 family, else read from the folder or the hub."""
-    name = args.model.removeprefix("openai-community/")
-    if name in GPT2_SIZES and not args.pretrained and not Path(args.model).is_dir():
-        config = GPT2Config(**GPT2_SIZES[name])
-    else:
-        config = AutoConfig.from_pretrained(args.model)
-    if args.layers:
-        config.num_hidden_layers = min(args.layers, config.num_hidden_layers)
-    return config
-
-
-def load_core(args):
-    """The transformer without its token table: pretrained, or with random weights of standard deviation init_std."""
-    try:
-        config = load_config(args)
-        if config.model_type == "gpt2":
-            config._attn_implementation = "causal"
-            config.activation_function = "gelu_pytorch_tanh"  # the same function as GPT-2's gelu_new in one fused kernel
-        if args.pretrained:
-            core = AutoModel.from_pretrained(args.model, config=config, dtype=torch.float32)
-        else:
-            config.initializer_range = args.init_std
-            core = AutoModel.from_config(config, dtype=torch.float32)
-            for i, block in enumerate(core.h if config.model_type == "gpt2" else []):
-                if args.qk_std != args.init_std:
-                    nn.init.normal_(block.attn.c_attn.weight[:, :2 * config.n_embd], std=args.qk_std)
-                gain = args.attn_gain[min(i, len(args.attn_gain) - 1)]
-                block.attn.c_proj.weight.data *= gain
-                if gain == 0:
-                    block.attn = NoAttention()
-    except (OSError, ValueError) as error:  # what transformers raises for a silent hub and for a folder without a model
-        sys.exit(f"Cannot load --model {args.model}: use --pretrained 0 for random weights, or --model FOLDER for weights on this disk ({one_line(error)})")
-    if not hasattr(core.config, "vocab_size"):
-        sys.exit(f"--model {args.model} is no text transformer but a {core.config.model_type}")
-    core.set_input_embeddings(None)  # our tokens come in as vectors
-    for module in core.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = args.dropout
-    for parent in list(core.modules()):
-        for child_name, child in parent.named_children():
-            if type(child).__name__ == "Conv1D":  # GPT-2 stores W transposed; nn.Linear's layout multiplies faster
-                linear = nn.Linear(*child.weight.shape, device="meta")
-                linear.weight, linear.bias = nn.Parameter(child.weight.detach().T.contiguous()), child.bias
-                setattr(parent, child_name, linear)
-    return core
-
-
-class NoAttention(nn.Module):
-    """What --attn_gain 0 leaves of a block's attention: nothing is added to any token."""
-
-    def forward(self, tokens, **kwargs):
-        return 0 * tokens, None  # still depends on the norm before it: DistributedDataParallel wants a gradient everywhere
 
 
 class FPT(nn.Module):
-    """Input layer, frozen transformer, output layer.
+    """Input layer, frozen core, output layer.
 
-    inputs:   numbers in a continuous token, or with discrete=True the number of token ids (id 0 is 'nothing', a zero
-              vector; several ids a token are embedded and summed)
-    outputs:  numbers in a prediction: classes, or 1 for a regression
+    inputs:    numbers in a token; with discrete=True the size of the vocabulary, in which 0 is padding
+    outputs:   numbers in a prediction: classes, or 1 for a regression
+    time:      tokens in the longest example
     """
 
-    def __init__(self, args, inputs, outputs, discrete=False):
+    def __init__(self, args, inputs, outputs, time, discrete=False):
         super().__init__()
-        torch.manual_seed(args.seed)  # a checkpoint leaves the frozen random core out: the seed brings it back
         self.core = load_core(args)
-        width = self.core.config.hidden_size
-        self.pool = args.pool
-        self.positions = self.core.config.max_position_embeddings - (self.pool == "cls")
-        self.causal = any(getattr(module, "is_causal", False) for module in self.core.modules())
+        width, positions = self.core.width, self.core.positions
+        if time > positions:
+            sys.exit(f"The longest example has {time} tokens, --model {args.model} has {positions} positions")
+        self.pool, self.floor = args.pool, args.layers == 0
+        # A token vector's numbers, or those of an id's, start with standard deviation --in_scale, whatever the
+        # task and the core. (The input numbers have 1.)
         if discrete:
             self.input = nn.Embedding(inputs, width, padding_idx=0)
-            nn.init.normal_(self.input.weight, std=args.in_gain)
-            nn.init.zeros_(self.input.weight[0])
+            self.input.weight.data[1:] = normal((inputs - 1, width), args.in_scale, args.seed, 1_000_000)
         else:
             self.input = nn.Linear(inputs, width)
-            nn.init.orthogonal_(self.input.weight, gain=args.in_gain)
-            nn.init.zeros_(self.input.bias)
+            std = args.in_scale * inputs ** -0.5
+            self.input.weight.data = normal((width, inputs), std, args.seed, 1_000_000)
+            self.input.bias.data.zero_()
         self.output = nn.Linear(width, outputs)
+        self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 1_000_001)
+        self.output.bias.data.zero_()
 
-        trained = PARTS if args.train == "all" else args.train.split(",")
-        self.frozen_sum = 0.0  # tells two frozen cores apart when a checkpoint is loaded
-        for parameter, part in self.named_parts():
-            parameter.requires_grad = part in trained
-            if part not in trained:
-                self.frozen_sum += parameter.double().sum().item()
-                if part in ("attn", "ff"):  # rounded once here, instead of by autocast at every step
-                    parameter.data = parameter.data.to(PRECISIONS[args.amp])
+        # Freeze. A checkpoint leaves the frozen weights out; by the fingerprint it knows the same ones again.
+        trained_parts = PARTS if args.train == "all" else args.train.split(",")
+        self.fingerprint = 0.0
+        for i, (parameter, part) in enumerate(self.named_parts()):
+            parameter.requires_grad = part in trained_parts
+            if part not in trained_parts:
+                # Sizes, so that nothing cancels, weighed by their places, so that their order counts.
+                place = torch.linspace(i + 1, i + 2, parameter.numel(), dtype=torch.float64)
+                self.fingerprint += torch.dot(parameter.detach().abs().double().flatten(), place).item()
+            if part not in trained_parts and part in ("attn", "ff") and parameter.ndim == 2:
+                # Rounded once here, instead of by autocast at every step.
+                parameter.data = parameter.data.to(PRECISIONS[args.amp])
+        self.eval()  # for good: no dropout anywhere
 
     def named_parts(self):
         """Yields (parameter, part), part being one of PARTS."""
         for module_name, module in self.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
+            for parameter in module.parameters(recurse=False):
                 if module_name in ("input", "output"):
                     part = module_name.removesuffix("put")
                 elif type(module).__name__.endswith("Norm"):
@@ -334,54 +151,163 @@ class FPT(nn.Module):
                 yield parameter, part
 
     def forward(self, tokens, lengths=None):
-        """tokens:   float [batch, time, inputs], or int [batch, time] or [batch, time, ids], padded on the right
-        lengths:  int [batch], the real tokens of each sequence, at least 1; None: all of them are real
-        returns   float32 [batch, outputs], or [batch, time, outputs] where a script sets args.pool to "each"
+        """tokens:   float [batch, time, inputs], or int [batch, time] or [batch, time, ids], padded behind
+        lengths:  int [batch], how many tokens of each example are real, at least 1; None: all of them
+        returns   float32 [batch, outputs]
         """
-        time = tokens.shape[1]
-        if time > self.positions:
-            raise ValueError(f"{time} tokens are more than the {self.positions} positions of the model")
         x = self.input(tokens)
-        if x.ndim == 4:
+        if x.ndim == 4:  # several ids a token
             x = x.sum(2)
+        x = self.core(x, lengths).float()
+        if self.floor:  # without a block there would be no nonlinearity, and the floor would be easy to beat
+            x = F.gelu(x)
         if lengths is None:
-            lengths = torch.full((len(tokens),), time, device=tokens.device)
-        real = torch.arange(time, device=tokens.device) < lengths[:, None]
-        if self.pool == "cls":
-            x, lengths = F.pad(x * real[:, :, None], (0, 0, 0, 1)), lengths + 1
-            real = torch.arange(time + 1, device=tokens.device) < lengths[:, None]
-        last = torch.arange(len(x), device=x.device), lengths - 1
-        if self.core.config.model_type == "gpt2" and self.pool in ("last", "cls"):
-            pooled = self.gpt2(x, last)
+            lengths = torch.full((len(x),), x.shape[1], device=x.device)
+        if self.pool == "mean":
+            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            x = (x * real[:, :, None]).sum(1) / lengths[:, None]
         else:
-            mask = None if self.causal else real
-            pooled = self.core(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-            if self.pool == "mean":
-                pooled = (pooled * real[:, :, None]).sum(1) / lengths[:, None]
-            elif self.pool != "each":
-                pooled = pooled[last]
-        with torch.autocast(tokens.device.type, enabled=False):  # bf16 cannot tell a sum of 71 from one of 71.2
-            return self.output(pooled.float())
-
-    def gpt2(self, x, last):
-        """GPT2Model's forward pass, but only the token that is read goes through the last MLP: a third less work with two blocks."""
-        x = self.core.drop(x + self.core.wpe.weight[:x.shape[1]])
-        for block in self.core.h[:-1]:
-            x = block(x)
-        block = self.core.h[-1]
-        x = (x + block.attn(block.ln_1(x))[0])[last]
-        return self.core.ln_f(x + block.mlp(block.ln_2(x)))
+            x = x[torch.arange(len(x), device=x.device), lengths - 1]
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is coarse for logits and for regressions
+            return self.output(x)
 
 
-# ---- Training ------------------------------------------------------------------------------------------------------
+# ---- The weights ---------------------------------------------------------------------------------
+# The sizes of the GPT-2 family, so that random weights need no network.
+GPT2_SIZES = {"distilgpt2": dict(n_layer=6), "gpt2": dict(),
+              "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+              "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+              "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
+
+
+def normal(shape, std, seed, stream):
+    """Normal random numbers, float32. NumPy's, because torch draws others on another processor."""
+    generator = np.random.default_rng([seed, stream])
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32) * np.float32(std))
+
+
+def load_core(args):
+    """The core that --model, --pretrained, --layers, --init_std and --seed stand for, in float32 on the CPU.
+
+    Random cores follow one rule: every matrix is normal with standard deviation --init_std, by default
+    1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers.
+    """
+    try:
+        name = args.model.removeprefix("openai-community/")
+        known = name in GPT2_SIZES and not args.pretrained and not Path(args.model).is_dir()
+        config = GPT2Config(**GPT2_SIZES[name]) if known else AutoConfig.from_pretrained(args.model)
+        kind = config.model_type
+        if kind not in ("gpt2",) + TEXT + STACKS:
+            raise ValueError(f"it is {kind}, a core can be {SUPPORTED}")
+        blocks = config.num_hidden_layers
+        layers = blocks if args.layers is None else args.layers
+        if kind == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
+            raise ValueError("its attention is not scaled as GPT-2's is")
+        if layers > blocks:
+            raise ValueError(f"it has {blocks} blocks, --layers asks for {layers}")
+        # As in Block: the fused attention is for GPUs.
+        how = {"dtype": torch.float32, "attn_implementation": "eager" if args.device == "cpu" else "sdpa"}
+        if args.pretrained:
+            model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **how)
+        else:
+            with torch.device("meta" if kind == "gpt2" else "cpu"):  # meta: takes no time and no memory
+                model, info = AutoModel.from_config(config, **how), {"missing_keys": ()}
+    except Exception as error:  # a silent hub, a broken file, a quantised model: any kind of error
+        sys.exit(f"Cannot load --model {args.model}: {one_line(error)}. --pretrained 0 needs no weights")
+
+    core = model
+    if kind == "gpt2":
+        with torch.device("meta"):
+            core = GPT2(config, layers)
+        weights = {name: weight for name, weight in model.state_dict().items() if name in core.state_dict()}
+        for name, weight in weights.items():
+            if weight.is_meta:
+                weights[name] = torch.full(weight.shape, float("ln_" in name and "weight" in name))
+            if ".c_" in name and weight.ndim == 2:  # GPT-2 keeps the matrices of its blocks transposed
+                weights[name] = weights[name].T.contiguous()
+        core.load_state_dict(weights, assign=True)
+    if not args.pretrained:
+        std = config.hidden_size ** -0.5 if args.init_std is None else args.init_std
+        for i, parameter in enumerate(core.parameters()):
+            if parameter.ndim >= 2:
+                parameter.data = normal(parameter.shape, std, args.seed, i)
+    if kind != "gpt2":
+        core = OtherCore(model, layers)
+
+    kept = {id(parameter) for parameter in core.parameters()}
+    used = core.state_dict() if kind == "gpt2" else [n for n, p in model.named_parameters() if id(p) in kept]
+    missing = sorted(set(info["missing_keys"]) & set(used))
+    if missing:
+        sys.exit(f"--model {args.model} lacks {len(missing)} of its weights: {', '.join(missing[:3])} ...")
+    return core
+
+
+# ---- Other transformers as the core --------------------------------------------------------------
+TEXT = ("bert", "llama", "mistral", "qwen2", "gemma", "gemma2", "gemma3_text")
+STACKS = ("vit", "deit", "dinov2", "audio-spectrogram-transformer", "whisper")
+SUPPORTED = "gpt2, " + ", ".join(TEXT + STACKS)
+
+
+class OtherCore(nn.Module):
+    """A model of the transformers library as the core, called as GPT2 is.
+
+    A text model takes our vectors as inputs_embeds. Of an image or a speech model (of Whisper the encoder) we
+    take the blocks and the norm behind them. Whisper's positions are those of a plain sequence and are kept.
+    The others get 1,024 new ones that start at zero, as the vision core of Lu et al. does.
+    """
+
+    def __init__(self, model, layers):
+        super().__init__()
+        kind = model.config.model_type
+        self.width, self.is_text = model.config.hidden_size, kind in TEXT
+        model = model.encoder if kind == "whisper" else model
+        blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+        # What else a block wants to be told, a mask or so, differs from version to version: it gets None.
+        _, *wanted = inspect.signature(blocks[0].forward).parameters.values()
+        self.nothing = {p.name: None for p in wanted if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        del blocks[layers:]
+        if self.is_text:
+            model.config.num_hidden_layers, self.positions = layers, model.config.max_position_embeddings
+            model.set_input_embeddings(None)
+            model.pooler = None
+            self.model = model
+        else:
+            self.wpe = model.embed_positions if kind == "whisper" else nn.Embedding(1024, self.width)
+            self.positions, self.blocks = self.wpe.num_embeddings, blocks
+            self.norm = model.layer_norm if kind == "whisper" else model.layernorm
+            if kind != "whisper":
+                nn.init.zeros_(self.wpe.weight)
+
+    def forward(self, x, lengths=None):
+        if lengths is None:
+            return self.forward_unpadded(x)
+        # Many of these models cannot mask padding, so the examples of one length go together, without any.
+        result = torch.zeros_like(x, dtype=torch.float32)
+        for length in lengths.unique().tolist():
+            rows = lengths == length
+            result[rows, :length] = self.forward_unpadded(x[rows, :length]).float()
+        return result
+
+    def forward_unpadded(self, x):
+        if self.is_text:
+            return self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        x = x + self.wpe.weight[:x.shape[1]]
+        for block in self.blocks:
+            x = block(x, **self.nothing)
+            x = x if torch.is_tensor(x) else x[0]  # a tuple in older versions
+        return self.norm(x)
+
+
+# ---- Pieces of the training loop -----------------------------------------------------------------
 def batches(size, batch_size, seed, lengths=None):
-    """Yields index tensors [batch_size] for ever, each epoch in a new order; a rest smaller than a batch is dropped.
+    """Yields int64 [batch_size] for ever: the examples of a batch. Each epoch has a new order; a rest smaller
+    than a batch is dropped.
 
-    With lengths [size], examples of like length go together, so that little of a batch is padding: each run of 50
-    shuffled batches is sorted by length, cut, and the batches are shuffled again.
+    With lengths [size], examples of like length go together, so that little of a batch is padding: each run
+    of 50 shuffled batches is sorted by length and cut, and the batches are shuffled again.
     """
     batch_size = min(batch_size, size)
-    for epoch in range(sys.maxsize):
+    for epoch in itertools.count():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(size, generator=generator)
         if lengths is not None:
@@ -393,22 +319,19 @@ def batches(size, batch_size, seed, lengths=None):
 
 
 def adamw(args, model):
-    """AdamW over the trained parameters: matrices decay, norms, biases and positions do not, but may learn faster."""
-    groups = [{"params": [], "weight_decay": args.weight_decay, "lr_scale": 1.0},
-              {"params": [], "weight_decay": 0.0, "lr_scale": args.ln_lr}]
+    """AdamW over what is trained. Matrices decay; norms, biases and positions do not."""
+    matrices, others = [], []
     for parameter, part in model.named_parts():
         if parameter.requires_grad:
-            groups[parameter.ndim < 2 or part == "pos"]["params"].append(parameter)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
+            (matrices if parameter.ndim >= 2 and part != "pos" else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0}]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def update(model, optimizer, scaler):
-    """One gradient step from the gradients that the backward passes have left."""
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+def learning_rate(args, step):
+    """The rate of step 1, 2, ..., --steps: a short linear warm-up, then a cosine towards zero."""
+    warmup = min(50, max(1, args.steps // 10))  # AdamW's second moments need some steps to settle
+    return args.lr * min(1.0, step / warmup) * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
 
 
 def autocast(args):
@@ -417,31 +340,181 @@ def autocast(args):
 
 @torch.no_grad()
 def infer(args, model, batch, split, order):
-    """Run the examples `order` of a split through the model. Returns outputs float32 [n, outputs] and targets [n]."""
-    model.eval()
+    """Run the examples `order` of a split through the model: outputs float32 [n, outputs], targets [n]."""
     outputs, targets = [], []
-    for index in tqdm(order[RANK::WORLD].split(4 * args.batch_size), f"evaluate {split}", leave=False, disable=RANK > 0):
+    for index in tqdm(order.split(4 * args.batch_size), f"evaluate {split}", leave=False, disable=RANK > 0):
         tokens, lengths, target = batch(split, index)
         with autocast(args):
             outputs.append(model(tokens, lengths))
         targets.append(target)
-    model.train()
-    outputs, targets = torch.cat(outputs), torch.cat(targets)
-    return (outputs, targets) if WORLD == 1 else (gather(outputs, len(order)), gather(targets, len(order)))
+    return torch.cat(outputs), torch.cat(targets)
 
 
-def gather(part, size):
-    """Every WORLD-th row from each process -> all rows [size, ...], in order."""
-    whole = part.new_zeros(size, *part.shape[1:])
-    whole[RANK::WORLD] = part
-    dist.all_reduce(whole)
-    return whole
+def validation_score(row):
+    """What picks the checkpoint: accuracy, and at a tie the loss."""
+    return row["validation_accuracy"], -row["validation_loss"]
 
 
+def print_table(row):
+    lines = [f"| {name.replace('_', ' '):<25} | {value:>13{'.4f' if isinstance(value, float) else ''}} |"
+             for name, value in row.items() if value is not None]
+    rule = "-" * len(lines[0])
+    tqdm.write("\n".join([rule, *lines, rule]))
+
+
+# ---- The training loop ---------------------------------------------------------------------------
+def fit(args, model, batch, sizes, dummy, all_lengths=None,
+        loss_fn=F.cross_entropy, predict=lambda outputs: outputs.argmax(1), metrics=None):
+    """Train, keep the checkpoint with the best validation figures, and with it read the test split, once.
+
+    batch(split, index):  index int64 [batch] on the CPU -> tokens, lengths or None, targets, on args.device
+    sizes:                {"train": examples, "validation": ..., "test": ...}
+    dummy:                the target that is likeliest in the training split
+    all_lengths:          {"train": int [examples] on the CPU, ...} if examples differ in length
+    loss_fn, metrics:     of outputs and targets: a scalar tensor, and further figures {name: float}
+    predict:              outputs [n, outputs] -> int64 [n], to be compared with the targets
+    Returns the last line of <out>/log.jsonl as a dict. With --eval it only evaluates.
+    """
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()  # data and weights are there: lets this machine's other processes out of run()
+    model.to(args.device)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+              "total_parameters": sum(parameter.numel() for parameter in model.parameters())}
+    all_lengths = all_lengths or dict.fromkeys(sizes)
+
+    def evaluate(split):
+        order = torch.arange(sizes[split])
+        if split == "validation" and args.eval_examples:  # a random part, as some lists are sorted by class
+            generator = torch.Generator().manual_seed(0)
+            order = torch.randperm(len(order), generator=generator)[:args.eval_examples]
+        if all_lengths[split] is not None:  # like lengths together
+            order = order[all_lengths[split][order].argsort(stable=True)]
+        outputs, targets = infer(args, model, batch, split, order)
+        figures = {"loss": loss_fn(outputs, targets).item(),
+                   "accuracy": (predict(outputs) == targets).float().mean().item(),
+                   **(metrics(outputs, targets) if metrics else {}),
+                   "dummy_accuracy": (targets == dummy).float().mean().item()}
+        # A figure that cannot be computed is NaN, which JSON does not know.
+        return {f"{split}_{name}": value if math.isfinite(value) else None for name, value in figures.items()}
+
+    def finish(path):
+        step = load_trained(args, model, path)["step"]
+        result = {"step": step, **evaluate("test" if args.test else "validation"), **counts}
+        print_table(result)
+        return result
+
+    if args.eval:
+        return finish(args.eval)
+
+    # Begin, or go on from the last checkpoint.
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = adamw(args, model)
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+    done, rows = 0, []
+    if args.resume and (out / "last.pt").exists():
+        last = load_trained(args, model, out / "last.pt")
+        done, rows = last["step"], last["rows"]
+        if "result" in last:
+            print(f"{out} holds a finished run")
+            return last["result"]
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        print(f"Going on after step {done}")
+    if WORLD > 1:
+        dist.barrier()  # every process has read last.pt before the first one writes
+    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
+    log.writelines(json.dumps(row) + "\n" for row in rows)
+    print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}.\n"
+          "Results go to {}/. If this is stopped, go on with\n  {}"
+          .format(args.task, args.amp, args.device, out, go_on(args), **counts))
+    if args.compile:
+        model.compile()
+    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    feed = batches(sizes["train"], args.batch_size, args.seed, all_lengths["train"])
+    feed = itertools.islice(feed, done * args.accumulate, None)
+    interval, start = [], time.time()  # loss and accuracy of each forward pass since the last evaluation
+
+    steps = range(done + 1, args.steps + 1)
+    for step in tqdm(steps, "train", args.steps, initial=done, unit="step", disable=RANK > 0):
+        # The rate of this step. What is random depends on the step alone, so a resumed run is the same run.
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+
+        # Forward and backward. Under torchrun every process takes its share of the batch.
+        for _ in range(args.accumulate):
+            tokens, lengths, targets = batch("train", next(feed)[RANK::WORLD])
+            with autocast(args):
+                outputs = net(tokens, lengths)
+            loss = loss_fn(outputs, targets)
+            scaler.scale(loss / args.accumulate).backward()
+            accuracy = (predict(outputs.detach()) == targets).float().mean()
+            interval.append(torch.stack([loss.detach(), accuracy]))  # not read here: that would wait for it
+
+        # Update.
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if step % args.eval_every and step != args.steps:
+            continue
+
+        # Evaluate.
+        interval = torch.stack(interval)
+        if WORLD > 1:
+            dist.all_reduce(interval)
+        losses, accuracies = (interval / WORLD).T.tolist()
+        trained_until = time.time()
+        row = {"step": step, "train_loss": sum(losses) / len(losses), "train_loss_start": losses[0],
+               "train_loss_final": losses[-1], "train_accuracy": sum(accuracies) / len(accuracies),
+               **evaluate("validation"), "train_seconds": trained_until - start}
+        row["evaluation_seconds"] = time.time() - trained_until
+        if args.amp == "fp16":  # the optimizer counts the steps it made, the others overflowed
+            row["skipped_steps"] = step - int(max(state["step"] for state in optimizer.state.values()))
+        if not math.isfinite(row["train_loss"]) or row["validation_loss"] is None:
+            sys.exit(f"The loss is no number any more before step {step}: try a smaller --lr, or --amp fp32"
+                     + f". The last good checkpoint is {out}/last.pt" * bool(rows))
+
+        # Log.
+        better = not rows or validation_score(row) > max(map(validation_score, rows))
+        rows.append(row)
+        print_table(row)
+        log.write(json.dumps(row) + "\n")
+        if args.wandb and RANK == 0:
+            sys.modules["wandb"].log(row, step=step)
+
+        # Save.
+        state = {"flags": vars(args), "fingerprint": model.fingerprint, "step": step,
+                 "trained": {name: parameter.detach() for name, parameter in trained.items()}}
+        if RANK == 0 and better:
+            save(state, out / "best.pt")
+        if RANK == 0:
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows}
+            save(state, out / "last.pt")
+        interval, start = [], time.time()
+
+    # Test.
+    if WORLD > 1:
+        dist.barrier()  # best.pt is written
+    result = finish(out / "best.pt") | vars(args)
+    log.write(json.dumps(result) + "\n")
+    if RANK == 0:
+        save(load_checkpoint(out / "last.pt") | {"result": result}, out / "last.pt")
+    if args.wandb and RANK == 0:
+        sys.modules["wandb"].summary.update(result)
+    return result
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
 def save(checkpoint, path):
     """Write aside, flush, rename: killed at any instant, this leaves the old file or the new one, whole."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # to memory first, because on a full disk torch.save hides the reason
     with open(f"{path}.tmp", "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
@@ -451,372 +524,256 @@ def load_checkpoint(path):
     """A dict that fit() saved. weights_only: code that someone pickled into the file is refused, not run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["trained"], checkpoint["flags"], checkpoint["frozen_sum"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        sys.exit(f"{path} is no checkpoint of this project: give the path of a best.pt or last.pt ({type(error).__name__})")
+        checkpoint["trained"], checkpoint["flags"]["task"], checkpoint["fingerprint"]
+    except Exception as error:  # no file, a broken one, another kind of file
+        sys.exit(f"{path} is no checkpoint of this project, no best.pt or last.pt ({type(error).__name__})")
     return checkpoint
 
 
 def load_trained(args, model, path):
     """Put the trained parts of a checkpoint into the model. Returns the checkpoint."""
     checkpoint = load_checkpoint(path)
-    if not math.isclose(checkpoint["frozen_sum"], model.frozen_sum, rel_tol=1e-5, abs_tol=1e-3):
-        sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} gives here")
-    try:
-        model.load_state_dict(checkpoint["trained"], strict=False)
-    except RuntimeError as error:
-        sys.exit(f"{path} does not fit the model that these flags give: {one_line(error)}")
+    if not math.isclose(checkpoint["fingerprint"], model.fingerprint, rel_tol=1e-8):
+        sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} is")
+    model.load_state_dict(checkpoint["trained"], strict=False)
     return checkpoint
 
 
 @torch.no_grad()
-def print_prediction(args, model, classes, tokens, logits=lambda outputs: outputs):
-    """Print the classes and their probabilities for one example, tokens [1, ...], the likeliest first; logits(outputs) are theirs."""
+def print_prediction(args, model, classes, tokens):
+    """Print the ten likeliest classes and their probabilities for one example, tokens [1, time, ...]."""
     load_trained(args, model, args.eval)
-    model.to(args.device).eval()
     with autocast(args):
-        outputs = model(tokens.to(args.device))
-    probabilities = logits(outputs)[0].softmax(-1)
+        probabilities = model.to(args.device)(tokens.to(args.device))[0].softmax(0)
     for i in probabilities.argsort(descending=True).tolist()[:10]:
         print(f"{probabilities[i]:7.2%}  {classes[i]}")
 
 
-def print_table(row):
-    lines = [f"| {name.replace('_', ' '):<24} | {value:>13{'.4f' if isinstance(value, float) else ''}} |" for name, value in row.items()]
-    rule = "-" * len(lines[0])
-    tqdm.write("\n".join([rule, *lines, rule]))
+# ---- Processes and folders -----------------------------------------------------------------------
+# torchrun says which of how many processes this is, and which one on this machine.
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if LAUNCHED else alone
+                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
-STOP = []
+def go_on(args):
+    """The command that goes on with this run."""
+    name = f"train_{args.task}.py"
+    words = ["python"]
+    if WORLD > 1:
+        words = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"]
+    words += [sys.argv[0] if sys.argv[0].endswith(name) else name, "--resume", "1", "--out", args.out]
+    return shlex.join(words + ["--data", args.data])
 
 
-@contextmanager
-def stop_after_step():
-    """Ctrl-C and SIGTERM only ask, in STOP: fit() saves after the step it is in. Asked twice, it ends at once."""
-    def ask(number, frame):
-        STOP.append(number)
-        signal.signal(number, before[number])
+def claim(args):
+    """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ... Sets args.out.
 
-    STOP.clear()
-    before = {number: signal.signal(number, signal.SIG_IGN if RANK else ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@stop_after_step()
-def fit(args, model, batch, sizes, dummy, lengths=None, loss_fn=F.cross_entropy,
-        predict=lambda outputs: outputs.argmax(-1), metrics=lambda outputs, targets: {}):
-    """Train, keep the checkpoint that is best on the validation split, and evaluate that one once on the test split.
-
-    batch(split, index): index int64 [batch] on the CPU -> tokens, lengths or None, targets, all on args.device
-    sizes, lengths:      {"train": ..., "validation": ..., "test": ...}: number of examples, and if they differ in
-                         length the length of each (int tensors on the CPU)
-    dummy:               the label that a model would always give which looks at the training labels only
-    loss_fn(outputs, targets), predict(outputs) -> labels, metrics(outputs, targets) -> {name: figure}
-    Returns the last line of <out>/log.jsonl as a dict.
+    Returns an open file. Its lock keeps a second process out of the folder and ends with this process.
     """
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()  # the data is there: lets the others out of parse()
-    model.to(args.device)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
-              "total_parameters": sum(parameter.numel() for parameter in model.parameters())}
-    order = {split: torch.arange(size) for split, size in sizes.items()}
-    if args.eval_examples:  # a random part: the official lists are sorted by word
-        order["validation"] = torch.randperm(sizes["validation"], generator=torch.Generator().manual_seed(0))[:args.eval_examples]
-    if lengths:  # like lengths go together, so that little of a batch is padding
-        order = {split: index[lengths[split][index].argsort()] for split, index in order.items()}
-        longest = max(int(part.max()) for part in lengths.values())
-        if longest > model.positions:
-            sys.exit(f"The longest example has {longest} tokens, --model {args.model} has {model.positions} positions: take a model with more")
+    free_names = (f"runs/{args.task}" + f"-{i}" * (i > 1) for i in itertools.count(1))
+    for name in [args.out] if args.out else free_names:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        file = open(Path(name) / "flags.json", "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if args.resume or not (Path(name) / "last.pt").exists():
+                break
+            problem = f"it holds a run; --resume 1 --out {shlex.quote(name)} goes on with it"
+        except BlockingIOError:
+            problem = "another process is training there"
+        file.close()
+        if args.out:
+            sys.exit(f"--out {name} is taken: {problem}")
+    args.out = name
+    file.truncate(0)  # a run that is stopped before its first checkpoint begins again with these flags
+    file.write(json.dumps(vars(args)))
+    file.flush()
+    return file
 
-    def figures(split, outputs, targets):
-        accuracy = (predict(outputs) == targets).float().mean()
-        result = {"loss": loss_fn(outputs, targets).item(), "accuracy": accuracy.item(), **metrics(outputs, targets)}
-        return {f"{split}_{name}": value for name, value in result.items()}
 
-    def finish(path):
-        step = load_trained(args, model, path)["step"]
-        split = "test" if args.test else "validation"
-        outputs, targets = infer(args, model, batch, split, order[split])
-        result = figures(split, outputs, targets) | {"dummy_accuracy": (targets == dummy).float().mean().item(), **counts,
-                                                     "step": step, "generated_data": bool(args.demo)}
-        print_table(result)
-        return result
-
-    if args.eval:
-        return finish(args.eval)
-
-    # A new run, or what is left of one.
-    out = Path(args.out)
-    rows, last = [], {}
-    if args.resume and (out / "last.pt").exists():
-        last = load_trained(args, model, out / "last.pt")
-        rows = last["rows"]
-        done = (out / "log.jsonl").read_text().splitlines()
-        if len(done) > len(rows) and re.search('"dummy_accuracy".*}$', done[-1]):
-            print(f"{out} holds a finished run")
-            return json.loads(done[-1])
-    elif not args.resume and (out / "log.jsonl").exists():
-        sys.exit(f"{out} already holds a run: go on with it (--resume 1 --out {out}), choose another --out, or delete it")
-    elif args.init:
-        load_trained(args, model, args.init)
-    if WORLD > 1:
-        dist.barrier()  # every process has looked before the first one writes
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "w", buffering=1)
-        log.writelines(row + "\n" for row in rows)
-    print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}; results go to {}/"
-          .format(args.task, args.amp, args.device, out, **counts))
-
-    optimizer = adamw(args, model)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
-    first, best, waited, losses, seconds, input_seconds = 1, -math.inf, 0, [], 0.0, 0.0
-    hits = torch.zeros((), device=args.device)
-    if last:
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        first, best, waited, seconds, input_seconds = last["step"] + 1, last["best"], last["waited"], last["seconds"], last["input_seconds"]
-        losses, hits = list(last["losses"].to(args.device)), last["hits"].to(args.device)
-        print(f"Going on after step {last['step']}")
-    tracker = start_wandb(args, last) if args.wandb and RANK == 0 else None
-
-    def checkpoint(**state):
-        return {"trained": {name: p.detach().cpu() for name, p in trained.items()}, "flags": vars(args),
-                "frozen_sum": model.frozen_sum, "step": step, **state}
-
-    def save_last():
-        save(checkpoint(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rows=rows, best=best, waited=waited,
-                        losses=torch.stack(losses) if losses else torch.zeros(0), hits=hits, seconds=time.time() - start,
-                        input_seconds=input_seconds, wandb=tracker and tracker.id), out / "last.pt")
-
-    def diverged(name, loss, step):
-        kept = f" The last good checkpoint is {out}/last.pt" if (out / "last.pt").exists() else ""
-        sys.exit(f"The {name} loss is {loss:.0f} at step {step}, near learning rate {optimizer.param_groups[0]['lr']:.2g}: "
-                 f"try a smaller --lr, a longer --warmup or --amp fp32.{kept}")
-
-    def check_losses():
-        for i, value in enumerate(losses, 1 - len(losses)):
-            if not math.isfinite(value):
-                diverged("training", value, step + i // args.accumulate)
-
-    def leave_if_asked():
-        if STOP:
-            check_losses()
-            save_last()
-            sys.stderr.write(f"\nStopped after step {step}. Go on: python train_{args.task}.py --resume 1 --out {out}\n")
-            sys.exit(128 + STOP[0])
-
-    if args.compile:
-        model.compile()
-    net = DistributedDataParallel(model) if WORLD > 1 else model
-    model.train()
-    feed = islice(batches(sizes["train"], args.batch_size, args.seed, lengths and lengths["train"]), (first - 1) * args.accumulate, None)
-    start = time.time() - seconds
-    bar = tqdm(total=args.steps, initial=first - 1, desc="train", unit="step", disable=RANK > 0)
-    for step in range(first, args.steps + 1):
-        if args.patience and waited >= args.patience:
-            tqdm.write(f"No better validation {args.best} for {waited} evaluations: stopping before step {step}")
-            break
-        # Augmentation and dropout depend on the step alone, so a resumed run goes on exactly as the uninterrupted one.
-        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
-        warm = min(1.0, step / max(1, args.warmup))
-        past = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * args.lr * warm * 0.5 * (1 + math.cos(math.pi * past))
-
-        for _ in range(args.accumulate):
-            before = time.time()
-            tokens, real, targets = batch("train", next(feed)[RANK::WORLD])
-            input_seconds += time.time() - before
-            with autocast(args):
-                outputs = net(tokens, real)
-            loss = loss_fn(outputs, targets)
-            scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())  # stays on the device: reading it here would make the host wait
-            hits += (predict(outputs.detach()) == targets).sum()
-        update(model, optimizer, scaler)
-        bar.update()
-        leave_if_asked()
-        if step % args.eval_every and step != args.steps:
-            continue
-
-        losses = torch.stack(losses)
+def run(parser, main):
+    """Parse the flags and call main(args). What a user can mend ends as one line, not as a traceback."""
+    args, folder = parse(parser), None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
         if WORLD > 1:
-            dist.all_reduce(losses)
-            dist.all_reduce(hits)
-        losses = (losses / WORLD).tolist()
-        check_losses()
-        train_end = time.time()
-        row = {
-            "iteration": math.ceil(step / args.eval_every),
-            "step": step,
-            "train_loss": sum(losses) / len(losses),
-            "train_loss_start": losses[0],
-            "train_loss_final": losses[-1],
-            "train_accuracy": hits.item() / (len(losses) * len(targets) * WORLD),
-            **figures("validation", *infer(args, model, batch, "validation", order["validation"])),
-            "train_seconds": train_end - start,
-            "input_seconds": input_seconds,  # of the training seconds: cutting, augmenting and tokenising batches
-            "evaluation_seconds": time.time() - train_end,
-        }
-        if args.amp == "fp16":  # the optimizer counts the steps it made, the others overflowed
-            row["skipped_steps"] = step - int(max(state["step"] for state in optimizer.state.values()))
-        if not math.isfinite(row["validation_loss"]):
-            diverged("validation", row["validation_loss"], step)
-        print_table(row)
-        rows.append(json.dumps(row | {"generated_data": bool(args.demo)}))
-        score = -row["validation_loss"] if args.best == "loss" else row["validation_accuracy"]
-        better, waited = score > best, waited + 1
-        if better:
-            best, waited = score, 0
-        losses, start, input_seconds = [], time.time(), 0.0
-        hits.zero_()
-        if RANK == 0:
-            log.write(rows[-1] + "\n")
-            if better:
-                save(checkpoint(), out / "best.pt")
-            save_last()
-        if tracker:
-            tracker.log(row, step=step)
-        leave_if_asked()
-    bar.close()
-
-    if WORLD > 1:
-        dist.barrier()  # best.pt is written
-    result = finish(out / "best.pt") | vars(args)
-    if RANK == 0:
-        log.write(json.dumps(result) + "\n")
-        log.close()
-    if tracker:
-        tracker.summary.update(result)
-        tracker.finish()
-    if WORLD > 1:
-        del net  # while its process group lives: as the group's last owner it could wait for ever for one of gloo's threads
-        dist.destroy_process_group()
-    return result
+            if RANK:
+                sys.stdout = open(os.devnull, "w")  # one process prints
+            backend = "nccl" if args.device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # a download may take as long
+        if RANK == 0 and not args.eval:
+            folder = claim(args)
+        if WORLD > 1:
+            shared = [args.out]
+            dist.broadcast_object_list(shared)
+            args.out = shared[0]
+            if LOCAL_RANK:
+                dist.barrier()  # until the first process of this machine has downloaded and decoded
+        if args.wandb and RANK == 0 and not args.eval:
+            start_wandb(args)
+        return main(args)
+    except KeyboardInterrupt:
+        print(f"\nStopped. Go on with\n  {go_on(args)}" if folder else "\nStopped.", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        if "MemoryError" in text or "can't allocate memory" in text:
+            sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({text})")
+        if isinstance(error, OSError):  # a full disk, a folder that may not be written, a server that is gone
+            sys.exit(text)
+        raise
+    finally:
+        if folder:
+            folder.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def start_wandb(args, last):
-    """A Weights & Biases run with the flags as its config; after a kill the same run goes on."""
+def start_wandb(args):
+    """A Weights & Biases run. Its id is one of our flags, so a resumed run goes on in it."""
     try:
         import wandb
-    except ImportError:
-        sys.exit("--wandb needs a package that is not installed: pip install wandb")
-    return wandb.init(project=args.wandb, dir=args.out, config=vars(args), id=last.get("wandb"), resume="allow" if last else None)
+        wandb.init(project=args.wandb, dir=args.out, config=vars(args), id=args.wandb_id, resume="allow")
+    except Exception as error:  # not installed, no login, no network
+        sys.exit(f"--wandb: {one_line(error)}; pip install wandb, and WANDB_MODE=offline needs no account")
 
 
-# ---- Benchmark: python fpt.py --------------------------------------------------------------------------------------
-class StockFPT(nn.Module):
-    """What one writes first: GPT2Model as it comes, in fp32, with eager attention and dropout, between two linear layers."""
-
-    def __init__(self, args):
-        super().__init__()
-        config = load_config(args)
-        self.core = AutoModel.from_config(config, attn_implementation="eager")
-        self.input, self.output = nn.Linear(48, config.n_embd), nn.Linear(config.n_embd, 10)
-        for name, parameter in self.core.named_parameters():
-            parameter.requires_grad = "ln" in name or "wpe" in name
-
-    def forward(self, tokens):
-        return self.output(self.core(inputs_embeds=self.input(tokens)).last_hidden_state[:, -1])
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def benchmark_side(side, args, pipe):
-    """One of the two loops in a process of its own, so that peak memory is its own too. Makes as many gradient steps as
-    each number received says and sends the seconds a step; None ends it with the peak memory in MiB."""
-    tokens = torch.randn(args.batch_size, args.tokens, 48, generator=torch.Generator().manual_seed(0)).to(args.device)
-    targets = torch.arange(args.batch_size, device=args.device) % 10
-    if side == "stock":
-        model = StockFPT(args).to(args.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    else:
-        model = FPT(args, 48, 10).to(args.device)
-        optimizer, scaler = adamw(args, model), torch.amp.GradScaler(enabled=args.amp == "fp16")
-        if args.compile:
-            model.compile()
-    for steps in iter(pipe.recv, None):
-        start = time.time()
-        for _ in range(steps):
-            if side == "stock":
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(tokens), targets)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                loss.item()
-            else:
-                with autocast(args):
-                    outputs = model(tokens)
-                scaler.scale(F.cross_entropy(outputs, targets)).backward()
-                update(model, optimizer, scaler)
-        wait_for(args.device)
-        pipe.send((time.time() - start) / steps)
+# ---- Flags ---------------------------------------------------------------------------------------
+# These belong to a machine or to one call, not to a run. --model may move; its weights are compared.
+OF_THIS_CALL = {"data", "out", "device", "compile", "resume", "eval", "predict", "test", "wandb", "model"}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show every default, and the script's docstring as it was written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, not thirty of usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")
+
+
+def number(kind, least, below=math.inf):
+    """A type for argparse: an int or a float from `least` on, below `below`."""
+    def number_in_range(value):
+        if not least <= kind(value) < below:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least} to below {below}")
+        return kind(value)
+
+    number_in_range.__name__ = kind.__name__  # what argparse calls it when the text is no number at all
+    return number_in_range
+
+
+def flags(task, doc, demo, **defaults):
+    """The flags that all scripts share. defaults: the task's own; demo: those of its --demo 1."""
+    parser = Parser(description=doc, formatter_class=HelpFormatter)
+    parser.demo = {"pretrained": 0, "layers": 2} | demo
+    switch = {"type": int, "choices": [0, 1]}
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="gpt2", help=f"hub name or folder of: {SUPPORTED}")
+    add("--pretrained", **switch, default=1, help="1: its weights; 0: random ones in the same blocks")
+    add("--layers", type=number(int, 0), help="use the first blocks only; 0: no block, the floor; None: all")
+    add("--init_std", type=number(float, 0), help="std of random weights; None: 1/sqrt(width); GPT-2: 0.02")
+    add("--in_scale", type=number(float, 0), default=0.1, help="std of a token vector's numbers at the start")
+    add("--train", default="in,out,ln,pos", help=f"what to train: all, or some of {','.join(PARTS)}")
+    add("--pool", choices=["mean", "last"], default="mean", help="what the output layer reads of the tokens")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=number(int, 1), default=1000, help="gradient steps")
+    add("--batch_size", type=number(int, 1), default=32, help="examples a forward pass, over all processes")
+    add("--accumulate", type=number(int, 1), default=1, help="forward passes a gradient step")
+    add("--lr", type=number(float, 0), default=3e-3, help="AdamW's peak learning rate")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices")
+    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="precision of the products")
+    add("--compile", **switch, default=0, help="1: torch.compile the model")
+    add("--device", default="auto", help="cuda, cuda:1, cpu; auto: cuda if there is one")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation")
+    add = parser.add_argument_group("evaluation and files").add_argument
+    add("--eval_every", type=number(int, 1), default=250, help="gradient steps between evaluations")
+    add("--eval_examples", type=number(int, 0), default=0, help="validation examples to read; 0: all")
+    add("--test", **switch, default=1, help="0: leave the test split closed")
+    add("--data", default="data", help="folder of the data sets")
+    add("--out", help="folder of the run; None: the next free runs/<task>")
+    add("--resume", **switch, default=0, help="1: go on with the run in --out")
+    add("--eval", metavar="PATH", help="only evaluate this checkpoint; it brings its flags")
+    add("--predict", metavar="INPUT", help="with --eval: what it says about this input")
+    add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+    add("--demo", **switch, default=0, help="1: a smoke test: generated data, two random blocks")
+    parser.set_defaults(task=task, wandb_id=os.urandom(4).hex(), **defaults)
+    return parser
+
+
+def parse(parser):
+    """Parse the command line on top of the flags of the checkpoint, if there is one. Returns a Namespace."""
+    argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # a notebook's own are the kernel's
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":  # what an unset shell variable gives
+            parser.error(f"--{name} is empty")
+    if args.predict and not args.eval:
+        parser.error("--predict needs the checkpoint that shall predict: --eval PATH")
+    if args.eval and args.resume:
+        parser.error("--eval evaluates, --resume 1 trains: choose one")
+    if args.resume and not args.out:
+        parser.error("--resume 1 needs the folder of the run: --out")
+
+    # A checkpoint brings the flags of its run. flags.json has those of a run that has no checkpoint yet.
+    saved = {}
+    last, begun = (Path(args.out or ".") / name for name in ("last.pt", "flags.json"))
+    if args.eval or args.resume and last.exists():
+        saved = load_checkpoint(args.eval or last)["flags"]
+    elif args.resume and begun.exists() and begun.stat().st_size:
+        saved = json.loads(begun.read_text())
+    if saved and saved["task"] != args.task:
+        sys.exit(f"{args.eval or args.out} belongs to the task {saved['task']}, not to {args.task}")
+    of_the_run = {name: value for name, value in saved.items()
+                  if name not in OF_THIS_CALL and not (args.eval and name == "amp")}
+    parser.set_defaults(**(parser.demo if args.demo else {}))
+    parser.set_defaults(**of_the_run, **({"model": saved["model"]} if saved else {}))
+    args = parser.parse_args(argv)
+    changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in of_the_run.items()
+               if getattr(args, name) != value]
+    if changed:
+        sys.exit(f"{args.eval or args.out} is of a run with other flags, leave out {', '.join(changed)}")
+
+    # What depends on the machine.
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda") and WORLD > 1:
+        args.device = f"cuda:{LOCAL_RANK}"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {args.device} is not there, --device cpu always is ({one_line(error)})")
     if args.device.startswith("cuda"):
-        pipe.send(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        import resource  # not on Windows
+        torch.cuda.set_device(args.device)
+    if args.amp == "auto" and args.device.startswith("cuda"):
+        # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif args.amp == "auto":
+        cpu = torch.cpu.get_capabilities()
+        args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
 
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-
-
-def wait_for(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def matmul_rate(args):
-    """Operations a second of a large matrix product in the precision of --amp, the best of five."""
-    side = 8192 if args.device.startswith("cuda") else 2048
-    left, right = (torch.randn(side, side, device=args.device).to(PRECISIONS[args.amp]) for _ in "ab")
-    seconds = []
-    for _ in range(5):
-        wait_for(args.device)
-        start = time.time()
-        left @ right
-        wait_for(args.device)
-        seconds.append(time.time() - start)
-    return 2 * side**3 / min(seconds)
-
-
-def benchmark():
-    """Time the stock loop and ours in turn, on the same batch with the same trainable parts."""
-    parser = flags("benchmark", "Seconds a gradient step: GPT2Model in a stock loop, and this file's loop.", batch_size=16, pretrained=0)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a sequence, of 48 numbers each; 64 as in CIFAR-10")
-    args = parse(parser, demo={})
-    context = multiprocessing.get_context("spawn")
-    pipes, seconds, rates = {}, {"stock": [], "ours": []}, []
-    for side in seconds:
-        pipes[side], child = context.Pipe()
-        context.Process(target=benchmark_side, args=(side, args, child), daemon=True).start()
-    for _ in tqdm(range(9), "rounds"):
-        for side, pipe in pipes.items():
-            pipe.send(50 if args.device.startswith("cuda") else 1)
-            seconds[side].append(pipe.recv())
-        rates.append(matmul_rate(args))
-    seconds = {side: times[1:] for side, times in seconds.items()}  # the first round warms up
-
-    # Forward, and backward to the tokens: two operations each for every frozen weight and token. None for the weights.
-    # Only the token that is read needs the last MLP.
-    model = FPT(args, 48, 10)
-    weights = sum(p.numel() for p, part in model.named_parts() if part in ("attn", "ff") and p.ndim == 2)
-    read_once = sum(p.numel() for p in model.core.h[-1].mlp.parameters() if p.ndim == 2)
-    floor = 4 * args.batch_size * (weights * args.tokens - read_once * (args.tokens - 1)) / max(rates)
-    print(f"{args.batch_size} sequences of {args.tokens} tokens, {args.model}, median of 8 rounds; ours in {args.amp} on {args.device}"
-          f"{', compiled' * args.compile}; matrix products reach {max(rates) / 1e9:,.0f} GFLOP/s\n"
-          "| loop  | s a step | samples/s | tokens/s | peak memory | of the matmul rate |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for side, times in seconds.items():
-        step = statistics.median(times)
-        pipes[side].send(None)
-        print(f"| {side:<5} | {step:8.3f} | {args.batch_size / step:9,.1f} | {args.batch_size * args.tokens / step:8,.0f} "
-              f"| {pipes[side].recv():7,.0f} MiB | {floor / step:18.0%} |")
-    pairs = [stock / ours for stock, ours in zip(seconds["stock"], seconds["ours"])]
-    print(f"stock / ours: {statistics.median(pairs):.2f} (from {min(pairs):.2f} to {max(pairs):.2f}, round by round)")
-
-
-if __name__ == "__main__":
-    benchmark()
+    # Flags that have no effect or cannot be met.
+    trained = set(PARTS if args.train == "all" else args.train.split(","))
+    if trained - set(PARTS):
+        parser.error(f"--train {args.train}: all, or some of {','.join(PARTS)}")
+    if args.layers == 0 and args.train != "all" and trained & {"attn", "ff"}:
+        parser.error(f"--train {args.train} names parts of the blocks, --layers 0 leaves none")
+    if args.init_std is not None and args.pretrained:
+        parser.error("--init_std is the scale of random weights: --pretrained 0")
+    if args.predict and WORLD > 1:
+        parser.error("--predict takes one process")
+    if args.batch_size % WORLD:
+        parser.error(f"--batch_size {args.batch_size} must be a multiple of {WORLD}, the processes")
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        parser.error("--compile 1 needs a C++ compiler, which is not installed")
+    if args.demo:
+        print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
+    return args
