@@ -499,7 +499,11 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None,
     # Test.
     if WORLD > 1:
         dist.barrier()  # best.pt is written
-    result = finish(out / "best.pt") | vars(args)
+    best = out / "best.pt"
+    if not best.exists():
+        print(f"{best} is gone: the last checkpoint is tested instead of the best one")
+        best = out / "last.pt"
+    result = finish(best) | vars(args)
     log.write(json.dumps(result) + "\n")
     if RANK == 0:
         save(load_checkpoint(out / "last.pt") | {"result": result}, out / "last.pt")
@@ -533,7 +537,9 @@ def load_checkpoint(path):
 def load_trained(args, model, path):
     """Put the trained parts of a checkpoint into the model. Returns the checkpoint."""
     checkpoint = load_checkpoint(path)
-    if not math.isclose(checkpoint["fingerprint"], model.fingerprint, rel_tol=1e-8):
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if (shapes != {name: parameter.shape for name, parameter in checkpoint["trained"].items()}
+            or not math.isclose(checkpoint["fingerprint"], model.fingerprint, rel_tol=1e-8)):
         sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} is")
     model.load_state_dict(checkpoint["trained"], strict=False)
     return checkpoint

@@ -472,6 +472,7 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
 @pytest.mark.parametrize("at, number", [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
 def test_a_signal_ends_a_run_at_once_and_it_goes_on_as_it_was(tmp_path, monkeypatch, capsys, at, number):
     argv = ["--noise", 0.5, "--eval_every", 10, "--lr", 0.02, "--seed", 5]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     toy(*argv, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         spy(patch, at, lambda: (os.kill(os.getpid(), number), time.sleep(5)))
@@ -660,7 +661,7 @@ def test_sound_as_tokens(tokens):
     features = train_speech.tokenizer(tokens, "cpu")(waves)
     assert features.shape == (2, train_speech.TIMES[tokens], 80)
     assert features.mean().abs() < 1e-4 and features.std().item() == pytest.approx(1, rel=1e-2)
-    torch.testing.assert_close(features[0], features[1], atol=0.05, rtol=0.05)
+    assert torch.corrcoef(features.flatten(1))[0, 1] > 0.95
 
 
 def test_rankings_by_hand():
@@ -964,7 +965,8 @@ def clip(content):
 
 
 def words(change):
-    return from_demo(data.speech_commands, lambda folder: change(folder / "SpeechCommands/speech_commands_v0.02"))
+    root = "SpeechCommands/speech_commands_v0.02"
+    return from_demo(data.speech_commands, lambda folder: change(folder / root))
 
 
 def digits(name, size):
@@ -987,7 +989,7 @@ GOOD = wav_bytes(np.arange(1, 9))
 BAD = [
     ("cifar10", npz(lambda a: a.pop("test_x")), ["cifar10.npz", "test_x"]),
     ("cifar10", npz(lambda a: a.update(train_x=a["train_x"] / 255)), ["cifar10.npz", "float64"]),
-    ("cifar10", npz(lambda a: a.update(train_x=a["train_x"].transpose(0, 3, 1, 2))), ["npz", "(20, 3, 32, 32)"]),
+    ("cifar10", npz(lambda a: a.update(train_x=a["train_x"].transpose(0, 3, 1, 2))), ["(20, 3, 32, 32)"]),
     ("cifar10", npz(lambda a: a.update(train_y=a["train_y"] + 1)), ["cifar10.npz", "integers 0..9"]),
     ("cifar10", npz(lambda a: a.update(test_y=a["test_y"] / 1)), ["cifar10.npz", "labels are float64"]),
     ("cifar10", npz(lambda a: a.update(test_y=a["test_y"][:9])), ["cifar10.npz", "not 20 integers"]),
@@ -1009,7 +1011,7 @@ BAD = [
     ("speech_commands", clip(wav_bytes([])), ["a/9.wav", " 0 samples"]),
     ("speech_commands", clip(wav_bytes([1, 2], channels=2)), ["a/9.wav", "2 channels"]),
     ("speech_commands", clip(wav_bytes([1, 2], rate=8000)), ["a/9.wav", "8000 Hz"]),
-    ("speech_commands", words(lambda root: (root / "a/9.wav").unlink()), ["1 clips of testing_list", "a/9.wav"]),
+    ("speech_commands", words(lambda root: (root / "a/9.wav").unlink()), ["1 clips of testing_list"]),
     ("speech_commands", words(lambda root: (root / "testing_list.txt").unlink()), ["testing_list.txt"]),
     ("speech_commands", words(lambda root: (root / "testing_list.txt").write_text("\n")), ["all splits"]),
     ("speech_commands", words(lambda root: [shutil.rmtree(root / word) for word in "bcdef"]), ["two words"]),
@@ -1022,7 +1024,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("load, prepare, says", BAD, ids=[f"{load} {' '.join(says)}" for load, _, says in BAD])
+@pytest.mark.parametrize("load, prepare, says", BAD, ids=[f"{case[0]} {' '.join(case[2])}" for case in BAD])
 def test_bad_data_ends_with_one_line(load, prepare, says, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10.url", CLOSED + "cifar-10-python.tar.gz")
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [CLOSED])
