@@ -108,7 +108,7 @@ class FPT(nn.Module):
         if time > positions:
             sys.exit(f"The longest example has {time} tokens, --model {args.model} has {positions} positions")
         self.pool, self.floor = args.pool, args.layers == 0
-        # A token vector's numbers, or those of an id's, start with standard deviation --in_scale, whatever the
+        # The numbers of a token vector, or of an id's, start with standard deviation --in_scale, whatever the
         # task and the core. (The input numbers have 1.)
         if discrete:
             self.input = nn.Embedding(inputs, width, padding_idx=0)
@@ -537,8 +537,8 @@ def load_checkpoint(path):
 def load_trained(args, model, path):
     """Put the trained parts of a checkpoint into the model. Returns the checkpoint."""
     checkpoint = load_checkpoint(path)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if (shapes != {name: parameter.shape for name, parameter in checkpoint["trained"].items()}
+    shapes = {name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
+    if (shapes != {name: weight.shape for name, weight in checkpoint["trained"].items()}
             or not math.isclose(checkpoint["fingerprint"], model.fingerprint, rel_tol=1e-8)):
         sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} is")
     model.load_state_dict(checkpoint["trained"], strict=False)
@@ -575,15 +575,17 @@ def go_on(args):
 def claim(args):
     """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ... Sets args.out.
 
-    Returns an open file. Its lock keeps a second process out of the folder and ends with this process.
+    The flags are kept there, for a run that is stopped before its first checkpoint. Returns an open file, the
+    lock on which keeps a second process out of the folder and ends with this process.
     """
     free_names = (f"runs/{args.task}" + f"-{i}" * (i > 1) for i in itertools.count(1))
     for name in [args.out] if args.out else free_names:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        file = open(Path(name) / "flags.json", "a")
+        out = Path(name)
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if args.resume or not (Path(name) / "last.pt").exists():
+            if args.resume or not (out / ("last.pt" if args.out else "flags.json")).exists():
                 break
             problem = f"it holds a run; --resume 1 --out {shlex.quote(name)} goes on with it"
         except BlockingIOError:
@@ -592,9 +594,8 @@ def claim(args):
         if args.out:
             sys.exit(f"--out {name} is taken: {problem}")
     args.out = name
-    file.truncate(0)  # a run that is stopped before its first checkpoint begins again with these flags
-    file.write(json.dumps(vars(args)))
-    file.flush()
+    (out / "flags.tmp").write_text(json.dumps(vars(args)))
+    os.replace(out / "flags.tmp", out / "flags.json")
     return file
 
 
@@ -734,7 +735,7 @@ def parse(parser):
     last, begun = (Path(args.out or ".") / name for name in ("last.pt", "flags.json"))
     if args.eval or args.resume and last.exists():
         saved = load_checkpoint(args.eval or last)["flags"]
-    elif args.resume and begun.exists() and begun.stat().st_size:
+    elif args.resume and begun.exists():
         saved = json.loads(begun.read_text())
     if saved and saved["task"] != args.task:
         sys.exit(f"{args.eval or args.out} belongs to the task {saved['task']}, not to {args.task}")

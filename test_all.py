@@ -36,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: two threads only wait for each other
 
 import numpy as np
 import pytest
@@ -53,7 +54,6 @@ import train_cyp3a4
 import train_mnist_add
 import train_speech
 
-torch.set_num_threads(1)  # tiny models: two threads only wait for each other
 HERE, TEMPORARY = Path(__file__).parent, tempfile.TemporaryDirectory()
 DATA = f"{TEMPORARY.name}/data"
 SHARED = HERE.parent / "shared" / "data"  # the real files, where they are at hand
@@ -549,6 +549,8 @@ def test_runs_started_at_once_take_different_folders(tmp_path, monkeypatch):
         files = list(pool.map(fpt.claim, runs))  # a lock is of an open file, so threads will do
     assert sorted(args.out for args in runs) == ["runs/toy", "runs/toy-2", "runs/toy-3", "runs/toy-4"]
     [file.close() for file in files]
+    with fpt.claim(args := parse()):  # what was begun can still be gone on with
+        assert args.out == "runs/toy-5"
 
 
 def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(tmp_path, monkeypatch):
@@ -570,7 +572,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(tmp_
         filler.unlink()
         assert "test_loss" in toy("--resume", 1, "--out", disk)
     finally:
-        os.system(f"umount '{disk}'")
+        os.system(f"umount -l '{disk}'")  # -l: an exception may still hold an open file
 
 
 # ---- Several processes, notebooks, Weights & Biases ----------------------------------------------
