@@ -190,7 +190,8 @@ def load_core(args):
     """The core that --model, --pretrained, --layers, --init_std and --seed stand for, in float32 on the CPU.
 
     Random cores follow one rule: every matrix is normal with standard deviation --init_std, by default
-    1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers.
+    1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers. (Of other
+    cores than GPT-2 the order of the matrices is transformers' own, so another version of it may draw others.)
     """
     try:
         name = args.model.removeprefix("openai-community/")
@@ -422,6 +423,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None,
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
         print(f"Going on after step {done}")
+    elif args.resume:
+        print(f"{out} has no checkpoint yet: beginning with step 1")
     if WORLD > 1:
         dist.barrier()  # every process has read last.pt before the first one writes
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)

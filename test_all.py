@@ -247,7 +247,7 @@ def test_layers_keeps_the_first_blocks_and_changes_no_number(kind, pretrained):
 
 @pytest.mark.parametrize("kind, argv, number", [
     ("gpt2", [], 52296.87692853331), ("gpt2", ["--train", "out"], 56927.06662061402),  # with the input layer
-    ("bert", [], 47312.39518229004), ("vit", [], 42923.43710458926), ("whisper", [], 37278.53322964571),
+    ("bert", [], 47312.39518229004), ("whisper", [], 37278.53322964571),
     ("the real gpt2", ["--layers", 2], 6250491.929896478)])
 def test_a_random_core_is_the_same_on_every_machine(kind, argv, number, tmp_path):
     """These numbers were written down once. If one changes, checkpoints of random cores are lost."""
