@@ -191,7 +191,7 @@ def load_core(args):
 
     Random cores follow one rule: every matrix is normal with standard deviation --init_std, by default
     1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers. (Of other
-    cores than GPT-2 the order of the matrices is transformers' own, so another version of it may draw others.)
+    cores than GPT-2 the order of the matrices is transformers' own, and may change with its version.)
     """
     try:
         name = args.model.removeprefix("openai-community/")

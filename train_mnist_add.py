@@ -53,7 +53,7 @@ def main(args):
     if args.predict:
         images = [data.read_image(path, "L", 28, ground=0) for path in args.predict.split(",")]
         if len(images) != args.n or regression:
-            parser.error(f"--predict takes {args.n} images with this checkpoint (--n {args.n}), and --loss ce")
+            parser.error(f"--predict takes {args.n} images here (--n {args.n}) and a checkpoint of --loss ce")
         return fpt.print_prediction(args, model, range(9 * args.n + 1), to_tokens(torch.stack(images)[None]))
 
     splits = data.mnist(args.data, args.demo)
