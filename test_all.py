@@ -216,6 +216,9 @@ def test_another_core_computes_what_transformers_computes(kind):
     model(torch.randn(2, 6, 7), torch.tensor([6, 4])).sum().backward()
     assert model.input.weight.grad.abs().sum() > 0
     assert all((p.grad is None) == (part in ("attn", "ff")) for p, part in model.named_parts())
+    whole = fpt.FPT(parse("--model", folder(kind), "--train", "all"), 7, 3, 20)
+    whole(torch.randn(2, 6, 7)).sum().backward()  # several processes wait for the gradient of each
+    assert not [name for name, p in whole.named_parameters() if p.grad is None]
 
 
 @pytest.mark.parametrize("layers, pool", [(2, "mean"), (2, "last"), (0, "mean")])
@@ -888,6 +891,9 @@ def test_cyp3a4_from_its_table(server, tmp_path, monkeypatch, capfd, quote):
     assert (ids.dtype, lengths.dtype, labels.dtype) == (torch.int32, torch.int64, torch.int64)
     shutil.rmtree(folder)
     assert_same(splits, data.cyp3a4(tmp_path / "good"))
+    (tmp_path / "turned").mkdir()  # the same rows in another order would be another split
+    (tmp_path / "turned" / "cyp3a4_veith.tab").write_text("".join([lines[0], *lines[:0:-1]]))
+    assert "7 molecules" in ending(data.cyp3a4, tmp_path / "turned")
     assert data.cyp3a4(tmp_path / "good", tokens="atoms")["train"][0].shape[2] == 4
 
 
@@ -1236,11 +1242,13 @@ def test_a_script_in_both_arms_evaluated_asked(script, argv, given, classes, tmp
     monkeypatch.chdir(tmp_path)  # where no data is: the checkpoint is enough
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save("a.png")
     with wave.open("a.wav", "wb") as file:
-        file.setparams((1, 2, 16000, 9000, "NONE", ""))
-        file.writeframes(np.int16(np.arange(9000) % 500).tobytes())
+        file.setparams((1, 2, 16000, 20000, "NONE", ""))
+        file.writeframes(np.int16(np.arange(20000) % 500).tobytes())
     capsys.readouterr()
     run_main(script, *model, "--data", "none", "--eval", out / "best.pt", "--predict", given)
-    shares, names = zip(*re.findall(r"^ *([\d.]+)%  (\w+)", capsys.readouterr().out, re.MULTILINE))
+    printed = capsys.readouterr().out
+    assert ("only its first second is heard" in printed) == (script == "train_speech")
+    shares, names = zip(*re.findall(r"^ *([\d.]+)%  (\w+)", printed, re.MULTILINE))
     shares, classes = list(map(float, shares)), classes.split()
     assert set(names) <= set(classes) and len(names) == min(10, len(classes))
     assert shares == sorted(shares)[::-1]
