@@ -124,14 +124,16 @@ class FPT(nn.Module):
 
         # Freeze. A checkpoint leaves the frozen weights out; by the fingerprint it knows the same ones again.
         trained_parts = PARTS if args.train == "all" else args.train.split(",")
-        self.fingerprint = 0.0
-        for i, (parameter, part) in enumerate(self.named_parts()):
+        self.fingerprint, frozen = 0.0, 0
+        for parameter, part in self.named_parts():
             parameter.requires_grad = part in trained_parts
-            if part not in trained_parts:
-                # Sizes, so that nothing cancels, weighed by their places, so that their order counts.
-                place = torch.linspace(i + 1, i + 2, parameter.numel(), dtype=torch.float64)
-                self.fingerprint += torch.dot(parameter.detach().abs().double().flatten(), place).item()
-            if part not in trained_parts and part in ("attn", "ff") and parameter.ndim == 2:
+            if part in trained_parts:
+                continue
+            # Sizes, so that nothing cancels, weighed by their places, so that their order counts.
+            frozen += 1
+            place = torch.linspace(frozen, frozen + 1, parameter.numel(), dtype=torch.float64)
+            self.fingerprint += torch.dot(parameter.detach().abs().double().flatten(), place).item()
+            if part in ("attn", "ff") and parameter.ndim == 2:
                 # Rounded once here, instead of by autocast at every step.
                 parameter.data = parameter.data.to(PRECISIONS[args.amp])
         self.eval()  # for good: no dropout anywhere
@@ -190,8 +192,7 @@ def load_core(args):
     """The core that --model, --pretrained, --layers, --init_std and --seed stand for, in float32 on the CPU.
 
     Random cores follow one rule: every matrix is normal with standard deviation --init_std, by default
-    1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers. (Of other
-    cores than GPT-2 the order of the matrices is transformers' own, and may change with its version.)
+    1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers.
     """
     try:
         name = args.model.removeprefix("openai-community/")
@@ -216,7 +217,6 @@ def load_core(args):
     except Exception as error:  # a silent hub, a broken file, a quantised model: any kind of error
         sys.exit(f"Cannot load --model {args.model}: {one_line(error)}. --pretrained 0 needs no weights")
 
-    core = model
     if kind == "gpt2":
         with torch.device("meta"):
             core = GPT2(config, layers)
@@ -227,13 +227,18 @@ def load_core(args):
             if ".c_" in name and weight.ndim == 2:  # GPT-2 keeps the matrices of its blocks transposed
                 weights[name] = weights[name].T.contiguous()
         core.load_state_dict(weights, assign=True)
+    else:
+        core = OtherCore(model, layers)
     if not args.pretrained:
-        std = config.hidden_size ** -0.5 if args.init_std is None else args.init_std
-        for i, parameter in enumerate(core.parameters()):
+        std = core.width ** -0.5 if args.init_std is None else args.init_std
+        parameters = list(core.parameters())
+        if kind != "gpt2":  # where the norms stand among the matrices differs between versions of transformers
+            parameters.sort(key=lambda parameter: parameter.ndim < 2)
+        for i, parameter in enumerate(parameters):
             if parameter.ndim >= 2:
                 parameter.data = normal(parameter.shape, std, args.seed, i)
-    if kind != "gpt2":
-        core = OtherCore(model, layers)
+    if kind in STACKS and kind != "whisper":
+        core.wpe.weight.data.zero_()
 
     kept = {id(parameter) for parameter in core.parameters()}
     used = core.state_dict() if kind == "gpt2" else [n for n, p in model.named_parameters() if id(p) in kept]
@@ -276,8 +281,6 @@ class OtherCore(nn.Module):
             self.wpe = model.embed_positions if kind == "whisper" else nn.Embedding(1024, self.width)
             self.positions, self.blocks = self.wpe.num_embeddings, blocks
             self.norm = model.layer_norm if kind == "whisper" else model.layernorm
-            if kind != "whisper":
-                nn.init.zeros_(self.wpe.weight)
 
     def forward(self, x, lengths=None):
         if lengths is None:
