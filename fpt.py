@@ -232,7 +232,7 @@ def load_core(args):
     if not args.pretrained:
         std = core.width ** -0.5 if args.init_std is None else args.init_std
         parameters = list(core.parameters())
-        if kind != "gpt2":  # where the norms stand among the matrices differs between versions of transformers
+        if kind != "gpt2":  # where norms stand among matrices differs between versions of transformers
             parameters.sort(key=lambda parameter: parameter.ndim < 2)
         for i, parameter in enumerate(parameters):
             if parameter.ndim >= 2:
