@@ -1257,6 +1257,13 @@ def test_a_script_in_both_arms_evaluated_asked(script, argv, given, classes, tmp
     assert len(classes) > 10 or sum(shares) == pytest.approx(100, abs=0.1)
 
 
+def test_the_benchmark_ends_when_one_of_its_processes_dies():
+    words = "--device cpu --amp fp32 --model distilgpt2 --batch_size 1 --tokens 1025".split()  # one too many
+    command = [sys.executable, HERE / ".results" / "speed.py", *words]
+    run = subprocess.run(command, capture_output=True, timeout=200)
+    assert run.returncode == 1 and b"The process of the side stock has died" in run.stderr
+
+
 def test_a_figure_that_cannot_be_computed_is_null(tmp_path):
     run_main("train_cyp3a4", "--demo", 1, "--out", tmp_path, "--steps", 1, "--eval_examples", 1)
     row = log_lines(tmp_path)[0]  # of one example no ranking

@@ -4,8 +4,8 @@
     python .results/speed.py --amp fp32 --tokens 256
 
 Stock is what one writes first: transformers' GPT2Model as it comes (fp32, eager attention, dropout) between
-two linear layers, Adam, loss.item() in every step. Neither side loads data. Each side is a process of its own,
-so that its peak memory is its own too.
+two linear layers, Adam, loss.item() in every step. Neither side loads data. Each side is a process of its
+own, so that its peak memory is its own too.
 """
 import argparse
 import multiprocessing
@@ -101,11 +101,14 @@ def main():
     for name, loop in ("stock", stock_loop), ("ours", our_loop):
         pipes[name], child = context.Pipe()
         context.Process(target=side, args=(loop, args, child), daemon=True).start()
-        child.close()  # so that a side that dies ends this process too, with EOFError
+        child.close()  # so that a side that dies ends this process too
     for _ in range(args.rounds + 1):
         for name, pipe in pipes.items():
-            pipe.send(50 if args.device.startswith("cuda") else 1)
-            seconds[name].append(pipe.recv())
+            try:
+                pipe.send(50 if args.device.startswith("cuda") else 1)
+                seconds[name].append(pipe.recv())
+            except (EOFError, OSError):
+                sys.exit(f"The process of the side {name} has died, what it said stands above")
 
     print(f"{args.batch_size} sequences of {args.tokens} tokens, {args.model}, {args.amp} on {args.device}")
     print("| loop | s a step | samples/s | peak MiB | stock / this |\n| --- | ---: | ---: | ---: | ---: |")
