@@ -60,7 +60,8 @@ def main(args):
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
     dummy = likeliest_sum(splits["train"][1], args.n)
     splits = {split: [part.to(args.device) for part in parts] for split, parts in splits.items()}
-    fixed = {split: data.sum_indices(size, args.n).to(args.device) for split, size in sizes.items()}
+    fixed = {split: data.sum_indices(sizes[split], args.n).to(args.device)
+             for split in ("validation", "test")}  # in training every sum is drawn anew
 
     def batch(split, index):
         images, labels = splits[split]
