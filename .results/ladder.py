@@ -52,7 +52,9 @@ HYPOTHESES = [("H1", "pretrained", "spectrum"), ("H2", "pretrained", "spectrum")
 # Digits are images, and SMILES is text of a kind: these pairs are shown, and stand for no hypothesis.
 NEITHER = {("dinov2", "sums"), ("minilm", "cyp3a4")}
 MARGIN = 0.02
-LINES = [("none", "#000000", "--"), ("all-random", "#D55E00", ":"), ("all-pretrained", "#D55E00", "-.")]
+LINES = [("none", "no block", "#000000", "--"),
+         ("all-random", "everything trained, from random", "#D55E00", ":"),
+         ("all-pretrained", "everything trained, from pretrained", "#D55E00", "-.")]
 FOLDER, RUNS, CORE_FOLDER = Path(".results"), Path("runs/ladder"), Path("cores/ladder")
 
 
@@ -242,54 +244,54 @@ def contrasts(done):
 
 
 def table(done):
-    """Print a row for every core, task, rung and budget of which three seeds have read the test split."""
+    """Print a row for every core, task, rung and budget with three seeds. Returns {row: test losses}."""
     read = {tuple(line["run"]): line for line in lines("ladder-test.jsonl")}
-    print("| core | task | rung | steps | rate | test loss | accuracy, % | seconds a run |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    cells = {}
-    for core, task, rung in itertools.product(CORES, TASKS, RUNGS):
-        _, _, whole, examples, times = TASKS[task]
+    print("| core | task | rung | steps | rate | validation loss | test loss | test accuracy, % | seconds |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    losses = {}
+    for task, core, rung in itertools.product(TASKS, CORES, RUNGS):
+        _, _, whole, _, times = TASKS[task]
         rate = best_rate(core, task, rung, done)
         for steps in whole, whole // 4:
             runs = [(core, task, rung, rate, seed, steps) for seed in SEEDS]
-            if not all(run in read for run in runs):
+            if not all(run in done for run in runs):
                 continue
-            values = np.array([np.load(RUNS / "-".join(map(str, run)) / "test.npy") for run in runs])
-            loss, accuracy = (mean_and_error(values[:, i], times) for i in (0, 1))
+            cells = [f"{statistics.mean(done[run]['validation_loss'] for run in runs):.3f}", "", ""]
+            if all(run in read for run in runs):
+                values = np.array([np.load(RUNS / "-".join(map(str, run)) / "test.npy") for run in runs])
+                (loss, loss_error, _), (right, right_error, _) = (
+                    mean_and_error(values[:, i].astype(float), times) for i in (0, 1))
+                cells[1:] = f"{loss:.3f} ± {loss_error:.3f}", f"{100 * right:.1f} ± {100 * right_error:.1f}"
+                losses[core, task, rung, steps] = [read[run]["test_loss"] for run in runs]
             seconds = statistics.mean(done[run]["seconds"] for run in runs)
-            cells[core, task, rung, steps] = [read[run]["test_loss"] for run in runs]
-            print(f"| {core} | {task} | {rung} | {steps} | {rate} | {loss[0]:.3f} ± {loss[1]:.3f} |"
-                  f" {100 * accuracy[0]:.1f} ± {100 * accuracy[1]:.1f} | {seconds:.0f} |")
-    return cells
+            print(f"| {core} | {task} | {rung} | {steps} | {rate} | {' | '.join(cells)} | {seconds:.0f} |")
+    return losses
 
 
-def draw(cells, steps_of):
+def draw(losses):
     """Write ladder.svg: a panel for each core and task, the rungs from left to right, a dot for each seed."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
-    plt.rcParams |= {"font.size": 13, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
-    climbed = [rung for rung in RUNGS[1:5] if any(key[2] == rung for key in cells)]
-    tasks = [task for task in TASKS if any(key[1] == task for key in cells)]
-    size = 4 * len(tasks), 8.5
-    figure, axes = plt.subplots(len(CORES), len(tasks), figsize=size, sharey="col", squeeze=False)
+    plt.rcParams |= {"font.size": 15, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
+    rungs = [rung for rung in RUNGS[1:5] if any(key[2] == rung for key in losses)]
+    tasks = [task for task in TASKS if any(key[1] == task for key in losses)]
+    figure, axes = plt.subplots(len(CORES), len(tasks), figsize=(4 * len(tasks), 9), squeeze=False)
     for (i, (core, (_, home))), (j, task) in itertools.product(enumerate(CORES.items()), enumerate(tasks)):
-        axis, steps = axes[i, j], steps_of(task)
-        own = home == TASKS[task][0]
-        for x, rung in enumerate(climbed):
-            losses = cells.get((core, task, rung, steps), [])
-            axis.plot([x] * len(losses), losses, "o", color="#0072B2", ms=7, alpha=0.7)
-            if losses:
-                axis.plot([x - 0.3, x + 0.3], [statistics.mean(losses)] * 2, color="#0072B2", lw=2.5)
-        for rung, colour, style in LINES:
-            if losses := cells.get((core, task, rung, steps)):
-                axis.axhline(statistics.mean(losses), color=colour, ls=style, lw=2, label=rung)
-        axis.set_xlim(-0.6, len(climbed) - 0.4)
-        names = climbed if i == len(CORES) - 1 else [""] * len(climbed)
-        axis.set_xticks(range(len(climbed)), names, rotation=30)
+        axis, steps = axes[i, j], max(key[3] for key in losses if key[1] == task)
+        for x, rung in enumerate(rungs):
+            values = losses.get((core, task, rung, steps), [])
+            axis.plot([x] * len(values), values, "o", color="#0072B2", ms=7, alpha=0.7)
+            if values:
+                axis.plot([x - 0.3, x + 0.3], [statistics.mean(values)] * 2, color="#0072B2", lw=2.5)
+        for rung, label, colour, style in LINES:
+            if values := losses.get((core, task, rung, steps)):
+                axis.axhline(statistics.mean(values), color=colour, ls=style, lw=2, label=label)
+        axis.set_xlim(-0.6, len(rungs) - 0.4)
+        axis.set_xticks(range(len(rungs)), rungs if i == len(CORES) - 1 else [""] * len(rungs), rotation=30)
         axis.grid(axis="y", alpha=0.3)
-        if own:
-            axis.set_facecolor("#FFF7DC")
+        if home == TASKS[task][0]:
+            axis.set_facecolor("#FFF4CC")
         if i == 0:
             axis.set_title(f"{task}, {steps} steps")
         if j == 0:
@@ -317,9 +319,9 @@ def main():
     if args.test:
         return test(args, finished())
     if args.draw:
-        cells = table(finished())
+        losses = table(finished())
         contrasts(finished())
-        return draw(cells, lambda task: max(key[3] for key in cells if key[1] == task))
+        return draw(losses)
     while runs := missing(args, finished()):
         if not any(train(*run) for run in runs):  # stops at the first that it could make, then looks again
             time.sleep(10)  # the other processes are at all of them
