@@ -22,7 +22,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -107,7 +106,7 @@ class FPT(nn.Module):
         width, positions = self.core.width, self.core.positions
         if time > positions:
             sys.exit(f"The longest example has {time} tokens, --model {args.model} has {positions} positions")
-        self.pool, self.floor = args.pool, args.layers == 0
+        self.pool, self.floor, self.dtype = args.pool, args.layers == 0, PRECISIONS[args.amp]
         # The numbers of a token vector, or of an id's, start with standard deviation --in_scale, whatever the
         # task and the core. (The input numbers have 1.)
         if discrete:
@@ -123,11 +122,10 @@ class FPT(nn.Module):
         self.output.bias.data.zero_()
 
         # Freeze. A checkpoint leaves the frozen weights out; by the fingerprint it knows the same ones again.
-        trained_parts = PARTS if args.train == "all" else args.train.split(",")
         self.fingerprint, frozen = 0.0, 0
         for parameter, part in self.named_parts():
-            parameter.requires_grad = part in trained_parts
-            if part in trained_parts:
+            parameter.requires_grad = args.train == "all" or part in args.train.split(",")
+            if parameter.requires_grad:
                 continue
             # Sizes, so that nothing cancels, weighed by their places, so that their order counts.
             frozen += 1
@@ -135,21 +133,21 @@ class FPT(nn.Module):
             self.fingerprint += torch.dot(parameter.detach().abs().double().flatten(), place).item()
             if part in ("attn", "ff") and parameter.ndim == 2:
                 # Rounded once here, instead of by autocast at every step.
-                parameter.data = parameter.data.to(PRECISIONS[args.amp])
+                parameter.data = parameter.data.to(self.dtype)
         self.eval()  # for good: no dropout anywhere
 
     def named_parts(self):
         """Yields (parameter, part), part being one of PARTS."""
-        for module_name, module in self.named_modules():
+        for name, module in self.named_modules():
+            if name in ("input", "output"):
+                part = name.removesuffix("put")
+            elif type(module).__name__.endswith("Norm"):
+                part = "ln"
+            elif isinstance(module, nn.Embedding):
+                part = "pos"
+            else:
+                part = "attn" if "att" in name else "ff"
             for parameter in module.parameters(recurse=False):
-                if module_name in ("input", "output"):
-                    part = module_name.removesuffix("put")
-                elif type(module).__name__.endswith("Norm"):
-                    part = "ln"
-                elif isinstance(module, nn.Embedding):
-                    part = "pos"
-                else:
-                    part = "attn" if "att" in module_name else "ff"
                 yield parameter, part
 
     def forward(self, tokens, lengths=None):
@@ -157,10 +155,12 @@ class FPT(nn.Module):
         lengths:  int [batch], how many tokens of each example are real, at least 1; None: all of them
         returns   float32 [batch, outputs]
         """
-        x = self.input(tokens)
-        if x.ndim == 4:  # several ids a token
-            x = x.sum(2)
-        x = self.core(x, lengths).float()
+        with torch.autocast(tokens.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            x = self.input(tokens)
+            if x.ndim == 4:  # several ids a token
+                x = x.sum(2)
+            x = self.core(x, lengths)
+        x = x.float()  # bf16 is coarse for logits and for regressions
         if self.floor:  # without a block there would be no nonlinearity, and the floor would be easy to beat
             x = F.gelu(x)
         if lengths is None:
@@ -170,8 +170,7 @@ class FPT(nn.Module):
             x = (x * real[:, :, None]).sum(1) / lengths[:, None]
         else:
             x = x[torch.arange(len(x), device=x.device), lengths - 1]
-        with torch.autocast(x.device.type, enabled=False):  # bf16 is coarse for logits and for regressions
-            return self.output(x)
+        return self.output(x)
 
 
 # ---- The weights ---------------------------------------------------------------------------------
@@ -180,6 +179,10 @@ GPT2_SIZES = {"distilgpt2": dict(n_layer=6), "gpt2": dict(),
               "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
               "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
               "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
+# What else can be a core: text models as a whole, of image and speech models the stack of blocks.
+TEXT = ("bert", "llama", "mistral", "qwen2", "gemma", "gemma2", "gemma3_text")
+STACKS = ("vit", "deit", "dinov2", "audio-spectrogram-transformer", "whisper")
+SUPPORTED = "gpt2, " + ", ".join(TEXT + STACKS)
 
 
 def normal(shape, std, seed, stream):
@@ -211,49 +214,35 @@ def load_core(args):
         how = {"dtype": torch.float32, "attn_implementation": "eager" if args.device == "cpu" else "sdpa"}
         if args.pretrained:
             model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **how)
-        else:
-            with torch.device("meta" if kind == "gpt2" else "cpu"):  # meta: takes no time and no memory
-                model, info = AutoModel.from_config(config, **how), {"missing_keys": ()}
+            missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # cores have none
+            if missing:
+                raise ValueError(f"it lacks {len(missing)} of its weights: {', '.join(missing[:3])} ...")
+        elif kind != "gpt2":
+            model = AutoModel.from_config(config, **how)
     except Exception as error:  # a silent hub, a broken file, a quantised model: any kind of error
         sys.exit(f"Cannot load --model {args.model}: {one_line(error)}. --pretrained 0 needs no weights")
 
-    if kind == "gpt2":
-        with torch.device("meta"):
-            core = GPT2(config, layers)
-        weights = {name: weight for name, weight in model.state_dict().items() if name in core.state_dict()}
-        for name, weight in weights.items():
-            if weight.is_meta:
-                weights[name] = torch.full(weight.shape, float("ln_" in name and "weight" in name))
-            if ".c_" in name and weight.ndim == 2:  # GPT-2 keeps the matrices of its blocks transposed
-                weights[name] = weights[name].T.contiguous()
-        core.load_state_dict(weights, assign=True)
-    else:
-        core = OtherCore(model, layers)
+    core = GPT2(config, layers) if kind == "gpt2" else OtherCore(model, layers)
+    if args.pretrained and kind == "gpt2":
+        weights = model.state_dict()
+        for name, ours in core.state_dict().items():  # GPT-2 keeps the matrices of its blocks transposed
+            ours.copy_(weights[name].T if ".c_" in name and ours.ndim == 2 else weights[name])
     if not args.pretrained:
         std = core.width ** -0.5 if args.init_std is None else args.init_std
-        parameters = list(core.parameters())
+        parameters = list(core.named_parameters())
         if kind != "gpt2":  # where norms stand among matrices differs between versions of transformers
-            parameters.sort(key=lambda parameter: parameter.ndim < 2)
-        for i, parameter in enumerate(parameters):
+            parameters.sort(key=lambda pair: pair[1].ndim < 2)
+        for i, (name, parameter) in enumerate(parameters):
             if parameter.ndim >= 2:
                 parameter.data = normal(parameter.shape, std, args.seed, i)
+            elif name.endswith("bias"):
+                parameter.data.zero_()
     if kind in STACKS and kind != "whisper":
         core.wpe.weight.data.zero_()
-
-    kept = {id(parameter) for parameter in core.parameters()}
-    used = core.state_dict() if kind == "gpt2" else [n for n, p in model.named_parameters() if id(p) in kept]
-    missing = sorted(set(info["missing_keys"]) & set(used))
-    if missing:
-        sys.exit(f"--model {args.model} lacks {len(missing)} of its weights: {', '.join(missing[:3])} ...")
     return core
 
 
 # ---- Other transformers as the core --------------------------------------------------------------
-TEXT = ("bert", "llama", "mistral", "qwen2", "gemma", "gemma2", "gemma3_text")
-STACKS = ("vit", "deit", "dinov2", "audio-spectrogram-transformer", "whisper")
-SUPPORTED = "gpt2, " + ", ".join(TEXT + STACKS)
-
-
 class OtherCore(nn.Module):
     """A model of the transformers library as the core, called as GPT2 is.
 
@@ -268,9 +257,9 @@ class OtherCore(nn.Module):
         self.width, self.is_text = model.config.hidden_size, kind in TEXT
         model = model.encoder if kind == "whisper" else model
         blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-        # What else a block wants to be told, a mask or so, differs from version to version: it gets None.
-        _, *wanted = inspect.signature(blocks[0].forward).parameters.values()
-        self.nothing = {p.name: None for p in wanted if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        # Whisper's blocks insist on masks, one or two depending on the version of transformers: None will do.
+        wanted = inspect.signature(blocks[0].forward).parameters
+        self.nothing = dict.fromkeys({"attention_mask", "layer_head_mask"} & set(wanted))
         del blocks[layers:]
         if self.is_text:
             model.config.num_hidden_layers, self.positions = layers, model.config.max_position_embeddings
@@ -312,6 +301,7 @@ def batches(size, batch_size, seed, lengths=None):
     """
     batch_size = min(batch_size, size)
     for epoch in itertools.count():
+        # Seeds are spread out, so that neighbouring ones do not share the orders of other epochs.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(size, generator=generator)
         if lengths is not None:
@@ -338,18 +328,13 @@ def learning_rate(args, step):
     return args.lr * min(1.0, step / warmup) * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
 
 
-def autocast(args):
-    return torch.autocast(args.device.split(":")[0], dtype=PRECISIONS[args.amp], enabled=args.amp != "fp32")
-
-
 @torch.no_grad()
 def infer(args, model, batch, split, order):
     """Run the examples `order` of a split through the model: outputs float32 [n, outputs], targets [n]."""
     outputs, targets = [], []
     for index in tqdm(order.split(4 * args.batch_size), f"evaluate {split}", leave=False, disable=RANK > 0):
         tokens, lengths, target = batch(split, index)
-        with autocast(args):
-            outputs.append(model(tokens, lengths))
+        outputs.append(model(tokens, lengths))
         targets.append(target)
     return torch.cat(outputs), torch.cat(targets)
 
@@ -367,8 +352,8 @@ def print_table(row):
 
 
 # ---- The training loop ---------------------------------------------------------------------------
-def fit(args, model, batch, sizes, dummy, all_lengths=None,
-        loss_fn=F.cross_entropy, predict=lambda outputs: outputs.argmax(1), metrics=None):
+def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entropy,
+        predict=lambda outputs: outputs.argmax(1), metrics=lambda outputs, targets: {}):
     """Train, keep the checkpoint with the best validation figures, and with it read the test split, once.
 
     batch(split, index):  index int64 [batch] on the CPU -> tokens, lengths or None, targets, on args.device
@@ -397,7 +382,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None,
         outputs, targets = infer(args, model, batch, split, order)
         figures = {"loss": loss_fn(outputs, targets).item(),
                    "accuracy": (predict(outputs) == targets).float().mean().item(),
-                   **(metrics(outputs, targets) if metrics else {}),
+                   **metrics(outputs, targets),
                    "dummy_accuracy": (targets == dummy).float().mean().item()}
         # A figure that cannot be computed is NaN, which JSON does not know.
         return {f"{split}_{name}": value if math.isfinite(value) else None for name, value in figures.items()}
@@ -413,23 +398,19 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None,
 
     # Begin, or go on from the last checkpoint.
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
     done, rows = 0, []
     if args.resume and (out / "last.pt").exists():
         last = load_trained(args, model, out / "last.pt")
-        done, rows = last["step"], last["rows"]
         if "result" in last:
             print(f"{out} holds a finished run")
             return last["result"]
+        done, rows = last["step"], last["rows"]
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
+    if args.resume:
         print(f"Going on after step {done}")
-    elif args.resume:
-        print(f"{out} has no checkpoint yet: beginning with step 1")
-    if WORLD > 1:
-        dist.barrier()  # every process has read last.pt before the first one writes
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}.\n"
@@ -452,8 +433,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None,
         # Forward and backward. Under torchrun every process takes its share of the batch.
         for _ in range(args.accumulate):
             tokens, lengths, targets = batch("train", next(feed)[RANK::WORLD])
-            with autocast(args):
-                outputs = net(tokens, lengths)
+            outputs = net(tokens, lengths)
             loss = loss_fn(outputs, targets)
             scaler.scale(loss / args.accumulate).backward()
             accuracy = (predict(outputs.detach()) == targets).float().mean()
@@ -555,8 +535,7 @@ def load_trained(args, model, path):
 def print_prediction(args, model, classes, tokens):
     """Print the ten likeliest classes and their probabilities for one example, tokens [1, time, ...]."""
     load_trained(args, model, args.eval)
-    with autocast(args):
-        probabilities = model.to(args.device)(tokens.to(args.device))[0].softmax(0)
+    probabilities = model.to(args.device)(tokens.to(args.device))[0].softmax(0)
     for i in probabilities.argsort(descending=True).tolist()[:10]:
         print(f"{probabilities[i]:7.2%}  {classes[i]}")
 
@@ -570,12 +549,8 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if LAUNCHED else alone
 
 def go_on(args):
     """The command that goes on with this run."""
-    name = f"train_{args.task}.py"
-    words = ["python"]
-    if WORLD > 1:
-        words = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"]
-    words += [sys.argv[0] if sys.argv[0].endswith(name) else name, "--resume", "1", "--out", args.out]
-    return shlex.join(words + ["--data", args.data])
+    start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{start} " + shlex.join([sys.argv[0], "--resume", "1", "--out", args.out, "--data", args.data])
 
 
 def claim(args):
@@ -608,35 +583,30 @@ def claim(args):
 def run(parser, main):
     """Parse the flags and call main(args). What a user can mend ends as one line, not as a traceback."""
     args, folder = parse(parser), None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
+        if RANK == 0 and not args.eval:
+            folder = claim(args)
+            if args.wandb:
+                start_wandb(args)
         if WORLD > 1:
             if RANK:
                 sys.stdout = open(os.devnull, "w")  # one process prints
             backend = "nccl" if args.device.startswith("cuda") else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))  # a download may take as long
-        if RANK == 0 and not args.eval:
-            folder = claim(args)
-        if WORLD > 1:
             shared = [args.out]
             dist.broadcast_object_list(shared)
             args.out = shared[0]
             if LOCAL_RANK:
                 dist.barrier()  # until the first process of this machine has downloaded and decoded
-        if args.wandb and RANK == 0 and not args.eval:
-            start_wandb(args)
         return main(args)
     except KeyboardInterrupt:
         print(f"\nStopped. Go on with\n  {go_on(args)}" if folder else "\nStopped.", file=sys.stderr)
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        text = f"{type(error).__name__}: {one_line(error)}"
-        if "MemoryError" in text or "can't allocate memory" in text:
-            sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({text})")
-        if isinstance(error, OSError):  # a full disk, a folder that may not be written, a server that is gone
-            sys.exit(text)
-        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({one_line(error)})")
+    except OSError as error:  # a full disk, a folder that may not be written, a server that is gone
+        sys.exit(f"{type(error).__name__}: {one_line(error)}")
     finally:
         if folder:
             folder.close()
@@ -658,19 +628,12 @@ def one_line(error):
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
-# These belong to a machine or to one call, not to a run. --model may move; its weights are compared.
-OF_THIS_CALL = {"data", "out", "device", "compile", "resume", "eval", "predict", "test", "wandb", "model"}
+# These belong to a machine or to one call, not to a run.
+OF_THIS_CALL = {"data", "out", "device", "compile", "resume", "eval", "predict", "test", "wandb"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show every default, and the script's docstring as it was written."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, not thirty of usage."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")
 
 
 def number(kind, least, below=math.inf):
@@ -686,7 +649,8 @@ def number(kind, least, below=math.inf):
 
 def flags(task, doc, demo, **defaults):
     """The flags that all scripts share. defaults: the task's own; demo: those of its --demo 1."""
-    parser = Parser(description=doc, formatter_class=HelpFormatter)
+    # Without the usage, thirty lines, an error is one line.
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, formatter_class=HelpFormatter)
     parser.demo = {"pretrained": 0, "layers": 2} | demo
     switch = {"type": int, "choices": [0, 1]}
     add = parser.add_argument_group("model").add_argument
@@ -703,7 +667,7 @@ def flags(task, doc, demo, **defaults):
     add("--accumulate", type=number(int, 1), default=1, help="forward passes a gradient step")
     add("--lr", type=number(float, 0), default=3e-3, help="AdamW's peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices")
-    add("--amp", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="precision of the products")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of the products")
     add("--compile", **switch, default=0, help="1: torch.compile the model")
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto: cuda if there is one")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation")
@@ -747,11 +711,10 @@ def parse(parser):
         sys.exit(f"{args.eval or args.out} belongs to the task {saved['task']}, not to {args.task}")
     of_the_run = {name: value for name, value in saved.items()
                   if name not in OF_THIS_CALL and not (args.eval and name == "amp")}
-    parser.set_defaults(**(parser.demo if args.demo else {}))
-    parser.set_defaults(**of_the_run, **({"model": saved["model"]} if saved else {}))
-    args = parser.parse_args(argv)
+    preset = (parser.demo if args.demo else {}) | of_the_run
+    args = parser.parse_args(argv, argparse.Namespace(**preset))
     changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in of_the_run.items()
-               if getattr(args, name) != value]
+               if getattr(args, name) != value and name != "model"]  # it may move; its weights are compared
     if changed:
         sys.exit(f"{args.eval or args.out} is of a run with other flags, leave out {', '.join(changed)}")
 
@@ -774,15 +737,13 @@ def parse(parser):
         args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
 
     # Flags that have no effect or cannot be met.
-    trained = set(PARTS if args.train == "all" else args.train.split(","))
-    if trained - set(PARTS):
+    trained = set(args.train.split(","))
+    if args.train != "all" and not trained <= set(PARTS):
         parser.error(f"--train {args.train}: all, or some of {','.join(PARTS)}")
-    if args.layers == 0 and args.train != "all" and trained & {"attn", "ff"}:
+    if args.layers == 0 and trained & {"attn", "ff"}:
         parser.error(f"--train {args.train} names parts of the blocks, --layers 0 leaves none")
     if args.init_std is not None and args.pretrained:
         parser.error("--init_std is the scale of random weights: --pretrained 0")
-    if args.predict and WORLD > 1:
-        parser.error("--predict takes one process")
     if args.batch_size % WORLD:
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {WORLD}, the processes")
     if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):

@@ -102,7 +102,7 @@ def folder(core, rung, seed):
 def script(command):
     """Run a script of this collection in this process. Returns the last line of its log.jsonl."""
     sys.argv = command.split()
-    module = importlib.reload(importlib.import_module(sys.argv[0].removesuffix(".py")))
+    module = importlib.import_module(sys.argv[0].removesuffix(".py"))
     with open(RUNS / f"output-{os.getpid()}.txt", "w") as file, contextlib.redirect_stdout(file), \
             contextlib.redirect_stderr(file):
         return fpt.run(module.parser, module.main)
