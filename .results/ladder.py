@@ -8,10 +8,10 @@
 Several processes may work side by side (OMP_NUM_THREADS=1 for a core each): they share the runs among them.
 A finished run is a line of .results/ladder.jsonl and is never made again. A stopped one begins anew.
 
-Rungs, from the bottom: none (no block), random (every matrix of the blocks normal, 1/sqrt(width)), shuffled
-(the pretrained entries of each matrix in random order), spectrum (its singular values, random singular
-vectors), pretrained. Norms, biases and positions start as pretrained in all of them. all-random and
-all-pretrained train everything, from the random and from the pretrained matrices.
+Rungs: none (no block), random (every matrix of the blocks normal, 1/sqrt(width)), shuffled (the pretrained
+entries of each matrix in random order), spectrum (its singular values, random singular vectors), pretrained.
+Everything else in the blocks is the pretrained one on all of them. all-random and all-pretrained train
+everything, from the random and from the pretrained matrices. Design and hypotheses: .results/README.md.
 """
 import argparse
 import contextlib
@@ -33,28 +33,29 @@ from transformers import AutoModel
 sys.path.insert(0, ".")
 import fpt  # noqa: E402
 
-# Where each pretrained core comes from and what it was trained on.
+# A folder or a hub name (openai/whisper-base, facebook/dinov2-small, sentence-transformers/all-MiniLM-L6-v2),
+# and what it was pretrained on.
 CORES = {"whisper": ("cores/whisper", "speech"), "dinov2": ("cores/dinov2", "images"),
          "minilm": ("cores/minilm", "text")}
 LAYERS = 6  # the blocks that are used: all of whisper's encoder and minilm, the first half of dinov2
-# name: (modality, script and flags, steps, test examples, how often each of them serves)
-TASKS = {"speech": ("speech", "train_speech.py", 600, 2626, 1),
-         "cifar": ("images", "train_cifar.py --patch_size 8", 1000, 10000, 1),
-         "sums": ("digits", "train_mnist_add.py --n 2", 2000, 10000, 2),
-         "cyp3a4": ("molecules", "train_cyp3a4.py", 300, 2466, 1)}
+# name: (modality, script and flags, steps)
+TASKS = {"speech": ("speech", "train_speech.py", 600),
+         "cifar": ("images", "train_cifar.py --patch_size 8", 1000),
+         "sums": ("digits", "train_mnist_add.py --n 2", 2000),
+         "cyp3a4": ("molecules", "train_cyp3a4.py", 300)}
 RUNGS = ("none", "random", "shuffled", "spectrum", "pretrained", "all-random", "all-pretrained")
-RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 SEEDS = (0, 1, 2)  # of the matrices that are drawn, of the new layers and of the order of the data
-# name, first rung, second rung; what each says stands in .results/README.md.
+# Name, first rung, second rung. H1: they are equal. H2, H4: the first is better. H3: it is not worse.
 HYPOTHESES = [("H1", "pretrained", "spectrum"), ("H2", "pretrained", "spectrum"),
               ("H2", "pretrained", "shuffled"), ("H3", "shuffled", "pretrained"),
               ("H4", "all-pretrained", "all-random")]
+MARGIN = 0.02  # nats that count as equal
 # Digits are images, and SMILES is text of a kind: these pairs are shown, and stand for no hypothesis.
 NEITHER = {("dinov2", "sums"), ("minilm", "cyp3a4")}
-MARGIN = 0.02
 LINES = [("none", "no block", "#000000", "--"),
-         ("all-random", "everything trained, from random", "#D55E00", ":"),
-         ("all-pretrained", "everything trained, from pretrained", "#D55E00", "-.")]
+         ("all-random", "everything trained, random matrices", "#D55E00", ":"),
+         ("all-pretrained", "everything trained, pretrained", "#D55E00", "-.")]
 FOLDER, RUNS, CORE_FOLDER = Path(".results"), Path("runs/ladder"), Path("cores/ladder")
 
 
@@ -94,6 +95,7 @@ def make_cores(names):
 
 
 def folder(core, rung, seed):
+    rung = rung.removeprefix("all-")
     drawn = rung in ("random", "shuffled", "spectrum")
     return CORE_FOLDER / (f"{core}-{rung}-{seed}" if drawn else f"{core}-pretrained")
 
@@ -116,7 +118,7 @@ def lines(name):
 def finished():
     """{(core, task, rung, rate, seed, steps): the line of the run}"""
     names = ("core", "task", "rung", "rate", "seed", "steps")
-    return {tuple(line[name] for name in names): line for line in lines("ladder.jsonl")}
+    return {tuple(line[name] for name in names): line for line in reversed(lines("ladder.jsonl"))}
 
 
 def best_rate(core, task, rung, done):
@@ -125,50 +127,61 @@ def best_rate(core, task, rung, done):
     return min(tried, key=lambda line: line["validation_loss"])["rate"] if all(tried) else None
 
 
+def whole_runs(core, task, rung, done):
+    """The three runs of a cell, or [] if its rate is not known yet."""
+    rate = best_rate(core, task, rung, done)
+    return [(core, task, rung, rate, seed, TASKS[task][2]) for seed in SEEDS] if rate else []
+
+
 def missing(args, done):
     """The runs still to be made whose rate is known: first those that choose the rate, then the seeds."""
     runs = []
-    for task in args.tasks:
-        for core in args.cores:
-            for rung in args.rungs:
-                steps, rate = TASKS[task][2], best_rate(core, task, rung, done)
-                runs += [(core, task, rung, rate, 0, steps // 4) for rate in RATES]
-                if rate and not args.rates:
-                    runs += [(core, task, rung, rate, seed, budget)
-                             for budget in (steps, steps // 4)[:1 + args.quarter] for seed in SEEDS]
+    for task, core, rung in itertools.product(args.tasks, args.cores, args.rungs):
+        short = TASKS[task][2] // 4
+        runs += [(core, task, rung, rate, 0, short) for rate in RATES]
+        whole = whole_runs(core, task, rung, done)
+        runs += whole
+        if args.short:
+            runs += [(*run[:5], short) for run in whole]
     return [run for run in dict.fromkeys(runs) if run not in done]
 
 
 def train(core, task, rung, rate, seed, steps):
     """Make one run and write its line. Returns False if another process is at it."""
-    path = folder(core, rung.removeprefix("all-"), seed)
-    out = RUNS / "-".join(map(str, (core, task, rung, rate, seed, steps)))
+    run = core, task, rung, rate, seed, steps
     flags = f"--layers {0 if rung == 'none' else LAYERS}" + " --train all" * rung.startswith("all-")
-    command = f"{TASKS[task][1]} --model {path} {flags} --lr {rate} --seed {seed} --steps {steps}"
-    command = " ".join(f"{command} --eval_every {steps} --test 0".split())
+    command = f"{TASKS[task][1]} --model {folder(core, rung, seed)} {flags} --lr {rate} --seed {seed}"
+    command += f" --steps {steps} --eval_every {steps} --test 0"
     start = time.time()
     try:
-        result = script(f"{command} --resume 1 --out {out}")
+        result = script(f"{command} --resume 1 --out {run_folder(run)}")
+        names = "validation_loss", "validation_accuracy", "trainable_parameters", "amp", "device"
+        figures = {name: result[name] for name in names}
     except SystemExit as error:
         if "another process is training there" in str(error):
             return False
-        raise
-    line = {"core": core, "task": task, "rung": rung, "rate": rate, "seed": seed, "steps": steps,
-            "command": command, "seconds": round(time.time() - start), "amp": result["amp"],
-            "device": result["device"], "date": time.strftime("%Y-%m-%d")}
-    figures = "validation_loss", "validation_accuracy", "trainable_parameters"
-    line |= {name: result[name] for name in figures}
+        if "The loss is no number" not in str(error):
+            raise
+        figures = {"validation_loss": math.inf}  # too high a rate, so it is not chosen
+    if run in finished():  # another process has written it meanwhile
+        return True
+    line = {"core": core, "task": task, "rung": rung, "rate": rate, "seed": seed, "steps": steps, **figures,
+            "seconds": round(time.time() - start), "date": time.strftime("%Y-%m-%d"), "command": command}
     with open(FOLDER / "ladder.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    print(time.strftime("%H:%M"), *(f"{value:.4f}" if isinstance(value, float) else value for value in
-          (core, task, rung, rate, seed, steps, line["seconds"], result["validation_loss"],
-           result["validation_accuracy"])), flush=True)
+    print(time.strftime("%H:%M"), *run, line["seconds"], "s, loss", figures["validation_loss"], flush=True)
     return True
+
+
+def run_folder(run):
+    return RUNS / "-".join(map(str, run))
 
 
 # ---- The test pass -------------------------------------------------------------------------------
 def test(args, done):
-    """Read the test split with every run that is one of three seeds at its rate, and was not read yet."""
+    """Read the test split with the three whole runs of every chosen core, task and rung, once each."""
+    if left := missing(args, done):
+        sys.exit(f"{len(left)} runs are still to be made: the test sets are opened when none is left")
     read = {tuple(line["run"]) for line in lines("ladder-test.jsonl")}
     infer, caught = fpt.infer, []
 
@@ -177,99 +190,138 @@ def test(args, done):
         return caught
 
     fpt.infer = infer_and_keep
-    for run in done:
-        core, task, rung, rate, seed, steps = run
-        if core not in args.cores or task not in args.tasks or rung not in args.rungs or run in read:
-            continue
-        if rate != best_rate(core, task, rung, done):
-            continue
-        out, model = RUNS / "-".join(map(str, run)), folder(core, rung, seed)
-        result = script(f"{TASKS[task][1].split()[0]} --eval {out}/best.pt --model {model}")
-        outputs, targets = caught
-        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
-        np.save(out / "test.npy", np.stack([losses.cpu(), (outputs.argmax(1) == targets).cpu()]))
-        keep = {name: value for name, value in result.items() if name.startswith("test_")}
-        with open(FOLDER / "ladder-test.jsonl", "a") as file:
-            file.write(json.dumps({"run": run, "date": time.strftime("%Y-%m-%d")} | keep) + "\n")
+    for cell in itertools.product(args.cores, args.tasks, args.rungs):
+        for run in whole_runs(*cell, done):
+            core, task, rung, _, seed, _ = run
+            if run in read:
+                continue
+            best = run_folder(run) / "best.pt"
+            if not best.exists():  # the line is there, the folder was lost
+                train(*run)
+            words = f"--eval {best} --model {folder(core, rung, seed)}"
+            result = script(f"{TASKS[task][1].split()[0]} {words}")
+            outputs, targets = caught
+            losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+            right = (outputs.argmax(1) == targets).float()
+            np.save(run_folder(run) / "test.npy", torch.stack([losses, right]).double().cpu())
+            keep = {name: value for name, value in result.items() if name.startswith("test_")}
+            with open(FOLDER / "ladder-test.jsonl", "a") as file:
+                file.write(json.dumps({"run": run, "date": time.strftime("%Y-%m-%d")} | keep) + "\n")
 
 
-def mean_and_error(values, times):
-    """values [seeds, test examples] -> mean, its standard error over seeds and examples together, and the
-    degrees of freedom of that error (Welch and Satterthwaite). Each test item serves `times` times."""
+def of_test(core, task, rung, done):
+    """float [2, seeds, test examples]: losses, and 1 where the prediction is right. None: not read yet."""
+    paths = [run_folder(run) / "test.npy" for run in whole_runs(core, task, rung, done)]
+    there = paths and all(path.exists() for path in paths)
+    return np.stack([np.load(path) for path in paths], 1) if there else None
+
+
+def mean_and_variances(values, task):
+    """values [seeds, test examples] -> their mean, its variance due to the seeds, due to the examples."""
     seeds, examples = values.shape
-    by_seeds = values.mean(1).var(ddof=1) / seeds
-    by_examples = values.mean(0).var(ddof=1) / (examples / times)
+    groups, times = np.arange(examples), 1
+    if task == "speech":  # a speaker's clips are alike; the order is that of data.speech_commands()
+        root = Path("data/SpeechCommands/speech_commands_v0.02")
+        clips = (root / "testing_list.txt").read_text().split()
+        clips = sorted(clip for clip in clips if (root / clip).exists())
+        groups = np.unique([Path(clip).name.split("_")[0] for clip in clips], return_inverse=True)[1]
+    if task == "sums":  # every test digit serves in two sums
+        times = 2
+    rest = values.mean(0) - values.mean()
+    by_examples = times * (np.bincount(groups, rest) ** 2).sum() / examples ** 2
+    return values.mean(), values.mean(1).var(ddof=1) / seeds, by_examples
+
+
+def interval(by_seeds, by_examples):
+    """Half of the 95 % interval, after Cochran and Cox (1950): the seeds' part has few degrees of freedom."""
+    from scipy import stats
+    both, t = by_seeds + by_examples, stats.t.ppf(0.975, len(SEEDS) - 1)
+    return (by_seeds * t + by_examples * stats.norm.ppf(0.975)) / math.sqrt(both)
+
+
+def chance(distance, by_seeds, by_examples):
+    """One-sided p of a mean that lies `distance` on the claimed side."""
+    from scipy import stats
     both = by_seeds + by_examples
-    freedom = both ** 2 / (by_seeds ** 2 / (seeds - 1) + by_examples ** 2 / (examples - 1))
-    return values.mean(), math.sqrt(both), freedom
+    z = distance / math.sqrt(both)
+    return (by_seeds * stats.t.sf(z, len(SEEDS) - 1) + by_examples * stats.norm.sf(z)) / both
 
 
 def contrasts(done):
-    """Print every hypothesis that the finished runs can answer, with Holm's correction over all of them.
+    """Print the hypotheses. A number is a difference of test losses in nats, below 0: the first is better.
 
-    A number is a difference of test losses in nats, paired over seeds and test examples: below zero the first
-    rung is better. The margin of H1 and H3 is 0.02 nats.
+    A claim holds after Holm's correction over all cells of its hypothesis, finished or not. It is refuted
+    where the 95 % interval, which is not corrected, lies outside of it. Else it is open, which shows nothing.
     """
-    from scipy import stats
-    found = []
-    for (core, (_, home)), (task, (modality, _, whole, _, times)), (name, first, second) in itertools.product(
-            CORES.items(), TASKS.items(), HYPOTHESES):
-        if name in ("H1", "H3") and (home == modality or (core, task) in NEITHER):
-            continue
-        if name == "H2" and home != modality:
-            continue
-        for steps in whole, whole // 4:
-            sides = []
-            for rung in first, second:
-                rate = best_rate(core, task, rung, done)
-                paths = [RUNS / f"{core}-{task}-{rung}-{rate}-{seed}-{steps}/test.npy" for seed in SEEDS]
-                sides.append([np.load(path)[0] for path in paths if path.exists()])
-            if {len(side) for side in sides} != {len(SEEDS)}:
+    print("| | core | task | contrast | nats, 95 % | p | verdict | pretrained - none |"
+          " pretrained - random |")
+    print("| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: |")
+    for name in "H1", "H2", "H3", "H4":
+        found, cells = [], 0
+        for (core, (_, home)), (task, (modality, *_)), (whose, first, second) in itertools.product(
+                CORES.items(), TASKS.items(), HYPOTHESES):
+            foreign = home != modality and (core, task) not in NEITHER
+            asked = {"H1": foreign, "H2": home == modality, "H3": foreign, "H4": True}[name]
+            if whose != name or not asked:
                 continue
-            mean, error, freedom = mean_and_error(np.array(sides[0]) - np.array(sides[1]), times)
-            below = [stats.t.sf((margin - mean) / error, freedom) for margin in (0, MARGIN)]
-            above = stats.t.sf((MARGIN + mean) / error, freedom)
-            p = {"H1": max(below[1], above), "H2": below[0], "H3": below[1], "H4": below[0]}[name]
-            half = stats.t.ppf(0.975, freedom) * error
-            found.append((p, name, core, task, steps, first, second, mean, half))
-    print("| hypothesis | core | task | steps | contrast | nats, 95 % | p | holds after Holm |")
-    print("| --- | --- | --- | ---: | --- | ---: | ---: | --- |")
-    holds = {}
-    for rank, row in enumerate(sorted(found)):
-        holds[row] = row[0] * (len(found) - rank) < 0.05 and all(holds.values())
-    for row in sorted(found, key=lambda row: row[1:5]):
-        p, name, core, task, steps, first, second, mean, half = row
-        print(f"| {name} | {core} | {task} | {steps} | {first} - {second} | {mean:+.3f} ± {half:.3f} |"
-              f" {p:.1g} | {'yes' if holds[row] else 'no'} |")
+            cells += 1
+            text, estimate = difference(core, task, first, second, done)
+            if estimate is None:
+                continue
+            mean, half = estimate[0], interval(*estimate[1:])
+            better, not_worse, not_better = (
+                chance(distance, *estimate[1:]) for distance in (-mean, MARGIN - mean, MARGIN + mean))
+            p = {"H1": max(not_worse, not_better), "H2": better, "H3": not_worse, "H4": better}[name]
+            refuted = mean - half > {"H1": MARGIN, "H2": 0, "H3": MARGIN, "H4": 0}[name]
+            refuted |= name == "H1" and mean + half < -MARGIN
+            beside = [difference(core, task, "pretrained", rung, done)[0] for rung in ("none", "random")]
+            found.append((p, core, task, f"{first} - {second}", text, refuted, beside))
+        holding = True
+        for rank, (p, core, task, what, text, refuted, beside) in enumerate(sorted(found)):
+            holding = holding and p * (cells - rank) < 0.05
+            verdict = "holds" if holding else "refuted" if refuted else "open"
+            print(f"| {name} | {core} | {task} | {what} | {text} | {p:.2g} | {verdict} |"
+                  f" {' | '.join(beside)} |")
+
+
+def difference(core, task, first, second, done):
+    """Test loss of one rung minus another's, paired by seed and example: (text, estimate), or ("", None)."""
+    sides = [of_test(core, task, rung, done) for rung in (first, second)]
+    if any(side is None for side in sides):
+        return "", None
+    estimate = mean_and_variances(sides[0][0] - sides[1][0], task)
+    return f"{estimate[0]:+.3f} ± {interval(*estimate[1:]):.3f}", estimate
 
 
 def table(done):
-    """Print a row for every core, task, rung and budget with three seeds. Returns {row: test losses}."""
-    read = {tuple(line["run"]): line for line in lines("ladder-test.jsonl")}
-    print("| core | task | rung | steps | rate | validation loss | test loss | test accuracy, % | seconds |")
+    """Print a row for every core, task and rung with three whole runs. Returns {row: test losses by seed}."""
+    print("| task | core | rung | rate | short, validation | validation loss | test loss |"
+          " test accuracy, % | seconds |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     losses = {}
     for task, core, rung in itertools.product(TASKS, CORES, RUNGS):
-        _, _, whole, _, times = TASKS[task]
-        rate = best_rate(core, task, rung, done)
-        for steps in whole, whole // 4:
-            runs = [(core, task, rung, rate, seed, steps) for seed in SEEDS]
-            if not all(run in done for run in runs):
-                continue
-            cells = [f"{statistics.mean(done[run]['validation_loss'] for run in runs):.3f}", "", ""]
-            if all(run in read for run in runs):
-                values = np.array([np.load(RUNS / "-".join(map(str, run)) / "test.npy") for run in runs])
-                (loss, loss_error, _), (right, right_error, _) = (
-                    mean_and_error(values[:, i].astype(float), times) for i in (0, 1))
-                cells[1:] = f"{loss:.3f} ± {loss_error:.3f}", f"{100 * right:.1f} ± {100 * right_error:.1f}"
-                losses[core, task, rung, steps] = [read[run]["test_loss"] for run in runs]
-            seconds = statistics.mean(done[run]["seconds"] for run in runs)
-            print(f"| {core} | {task} | {rung} | {steps} | {rate} | {' | '.join(cells)} | {seconds:.0f} |")
+        runs = whole_runs(core, task, rung, done)
+        if not runs or not all(run in done for run in runs):
+            continue
+        rate = runs[0][3]
+        short = done[(core, task, rung, rate, 0, TASKS[task][2] // 4)]["validation_loss"]
+        validation, seconds = (statistics.mean(done[run][name] for run in runs)
+                               for name in ("validation_loss", "seconds"))
+        values, cells = of_test(core, task, rung, done), ["", ""]
+        if values is not None:
+            losses[core, task, rung] = values[0].mean(1).tolist()
+            for i, (part, unit, digits) in enumerate(((values[0], 1, 3), (values[1], 100, 1))):
+                mean, *variances = mean_and_variances(part, task)
+                cells[i] = f"{unit * mean:.{digits}f} ± {unit * interval(*variances):.{digits}f}"
+        edge = " (edge)" * (rate in (RATES[0], RATES[-1]))
+        print(f"| {task} | {core} | {rung} | {rate}{edge} | {short:.3f} | {validation:.3f} |"
+              f" {' | '.join(cells)} | {seconds:.0f} |")
     return losses
 
 
 def draw(losses):
-    """Write ladder.svg: a panel for each core and task, the rungs from left to right, a dot for each seed."""
+    """Write ladder.svg: a panel for each core and task, the rungs from left to right, a dot for each seed, a
+    bar for their mean; yellow where the core was pretrained on the task's modality. Lower is better."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -278,14 +330,14 @@ def draw(losses):
     tasks = [task for task in TASKS if any(key[1] == task for key in losses)]
     figure, axes = plt.subplots(len(CORES), len(tasks), figsize=(4 * len(tasks), 9), squeeze=False)
     for (i, (core, (_, home))), (j, task) in itertools.product(enumerate(CORES.items()), enumerate(tasks)):
-        axis, steps = axes[i, j], max(key[3] for key in losses if key[1] == task)
+        axis = axes[i, j]
         for x, rung in enumerate(rungs):
-            values = losses.get((core, task, rung, steps), [])
+            values = losses.get((core, task, rung), [])
             axis.plot([x] * len(values), values, "o", color="#0072B2", ms=7, alpha=0.7)
             if values:
                 axis.plot([x - 0.3, x + 0.3], [statistics.mean(values)] * 2, color="#0072B2", lw=2.5)
         for rung, label, colour, style in LINES:
-            if values := losses.get((core, task, rung, steps)):
+            if values := losses.get((core, task, rung)):
                 axis.axhline(statistics.mean(values), color=colour, ls=style, lw=2, label=label)
         axis.set_xlim(-0.6, len(rungs) - 0.4)
         axis.set_xticks(range(len(rungs)), rungs if i == len(CORES) - 1 else [""] * len(rungs), rotation=30)
@@ -293,7 +345,7 @@ def draw(losses):
         if home == TASKS[task][0]:
             axis.set_facecolor("#FFF4CC")
         if i == 0:
-            axis.set_title(f"{task}, {steps} steps")
+            axis.set_title(f"{task}, {TASKS[task][2]} steps")
         if j == 0:
             axis.set_ylabel(f"{core} ({home})\ntest loss")
     handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
@@ -308,8 +360,7 @@ def main():
     parser.add_argument("--cores", nargs="+", choices=CORES, default=list(CORES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
-    parser.add_argument("--quarter", action="store_true", help="three seeds of the quarter budget as well")
-    parser.add_argument("--rates", action="store_true", help="only the runs that choose the rates")
+    parser.add_argument("--short", action="store_true", help="three seeds of the short budget as well")
     for name in "make", "test", "draw":
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
@@ -321,7 +372,7 @@ def main():
     if args.draw:
         losses = table(finished())
         contrasts(finished())
-        return draw(losses)
+        return draw(losses) if losses else None
     while runs := missing(args, finished()):
         if not any(train(*run) for run in runs):  # stops at the first that it could make, then looks again
             time.sleep(10)  # the other processes are at all of them
