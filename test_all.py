@@ -8,9 +8,7 @@
 Models are tiny folders that the tests save. `toy` is a task that takes a tenth of a second.
 """
 import functools
-import gzip
 import hashlib
-import http.server
 import importlib
 import inspect
 import io
@@ -31,8 +29,8 @@ import tempfile
 import threading
 import time
 import wave
-import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -42,7 +40,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -134,13 +131,6 @@ def run_main(script, *argv):
     return fpt.run(module.parser, module.main)
 
 
-def start(script, *argv, launch=()):
-    """Run a script in a process of its own."""
-    words = *launch, HERE / f"{script}.py", "--model", folder("gpt2"), "--device", "cpu", *argv
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *map(str, words)], stdout=pipe, stderr=pipe, text=True)
-
-
 def log_lines(folder):
     lines, no_json = (folder / "log.jsonl").read_text().splitlines(), raises(ValueError("NaN is no JSON"))
     return [json.loads(line, parse_constant=no_json) for line in lines]
@@ -169,6 +159,14 @@ def spy(patch, stop_at=0, stop=None):
     return seen
 
 
+def stopped(stop_at, run, *argv, stop=raises(KeyboardInterrupt)):
+    """Call run(*argv) and stop it in its evaluation number stop_at, as Ctrl-C does. Returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        spy(patch, stop_at, stop)
+        run(*argv)
+    return end.value.code
+
+
 @pytest.fixture(autouse=True)
 def leave_the_process_as_it_was(monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -179,16 +177,10 @@ def leave_the_process_as_it_was(monkeypatch):
 
 # ---- The model -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("activation, saved_as, pool", [
-    ("gelu_new", "GPT2Model", "mean"), ("relu", "GPT2LMHeadModel", "last"),
-    ("gelu", "pytorch_model.bin", "mean"), ("silu", "several files", "last")])
+    ("gelu_new", GPT2Model, "mean"), ("relu", GPT2LMHeadModel, "last")])
 def test_ours_equals_transformers_gpt2(activation, saved_as, pool, tmp_path):
-    model_class = GPT2LMHeadModel if saved_as == "GPT2LMHeadModel" else GPT2Model
-    theirs = disturb(model_class(GPT2Config(**SMALL["gpt2"], activation_function=activation, n_inner=80)))
-    theirs.save_pretrained(tmp_path, max_shard_size="30KB" if saved_as == "several files" else "1GB")
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (saved_as == "several files")
-    if saved_as == "pytorch_model.bin":
-        (tmp_path / "model.safetensors").unlink()
-        torch.save(theirs.state_dict(), tmp_path / saved_as)
+    theirs = disturb(saved_as(GPT2Config(**SMALL["gpt2"], activation_function=activation, n_inner=80)))
+    theirs.save_pretrained(tmp_path)
     ours, tokens = fpt.FPT(parse("--model", tmp_path, "--pool", pool), 12, 5, 9), torch.randn(3, 9, 12)
     hidden = theirs.base_model(inputs_embeds=ours.input(tokens)).last_hidden_state
     torch.testing.assert_close(ours.core(ours.input(tokens)), hidden, rtol=1e-5, atol=1e-5)
@@ -262,15 +254,14 @@ def test_a_random_core_is_the_same_on_every_machine(kind, argv, number, tmp_path
     assert fpt.FPT(args, 4, 3, 3).fingerprint == pytest.approx(number, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "dinov2"])
-def test_random_matrices_have_one_scale_the_rest_does_nothing_and_tokens_have_theirs(kind):
+def test_random_matrices_have_one_scale_the_rest_does_nothing_and_tokens_have_theirs():
     for argv, std in ([], 32 ** -0.5), (["--init_std", 0.02], 0.02), (["--seed", 1], 32 ** -0.5):
-        args = parse("--model", folder(kind), "--pretrained", 0, "--in_scale", 0.3, *argv)
+        args = parse("--pretrained", 0, "--in_scale", 0.3, *argv)
         for name, p in fpt.load_core(args).named_parameters():
-            if p.ndim >= 2 and (name, kind) != ("wpe.weight", "dinov2"):
+            if p.ndim == 2:
                 chance = 0.1 + 2 / p.numel() ** 0.5
                 assert p.std().item() == pytest.approx(std, rel=chance) and abs(p.mean()) < std * chance, name
-            elif p.ndim < 2:
+            else:
                 assert torch.equal(p, torch.full_like(p, float("bias" not in name))), name
     for discrete, tokens in (True, torch.arange(1, 500)[None, :]), (False, torch.randn(1, 200, 500)):
         assert fpt.FPT(args, 500, 2, 3, discrete).input(tokens).std().item() == pytest.approx(0.3, rel=0.1)
@@ -290,12 +281,13 @@ def test_as_many_parameters_are_trained_as_in_the_original(inputs, outputs, coun
 
 @pytest.mark.parametrize("train", ["in,out,ln,pos", "out", "ln", "attn", "in,ff", "all"])
 def test_only_the_named_parts_are_trained_and_saved(tmp_path, train):
+    parts = {"input": "in", "output": "out", "ln_": "ln", "wpe": "pos", "attn": "attn", "mlp": "ff"}
     before = dict(fpt.FPT(parse("--train", train), 4, 3, 3).named_parameters())
     toy("--out", tmp_path, "--train", train, "--steps", 3)
-    saved, parts = checkpoint(tmp_path)["trained"], {id(p): part for p, part in toy.model.named_parts()}
-    assert set(parts.values()) == set(fpt.PARTS)
+    saved = checkpoint(tmp_path)["trained"]
     for name, parameter in toy.model.named_parameters():
-        named = train == "all" or parts[id(parameter)] in train.split(",")
+        part = next(part for word, part in parts.items() if word in name)
+        named = train == "all" or part in train.split(",")
         assert (name in saved) == named == (not torch.equal(parameter, before[name])), name
 
 
@@ -472,52 +464,27 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
 
 
 @pytest.mark.parametrize("at, number", [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
-def test_a_signal_ends_a_run_at_once_and_it_goes_on_as_it_was(tmp_path, monkeypatch, capsys, at, number):
-    argv = ["--noise", 0.5, "--eval_every", 10, "--lr", 0.02, "--seed", 5]
+def test_a_signal_ends_a_run_and_the_printed_command_goes_on_as_it_was(tmp_path, capsys, at, number):
+    argv = ["--noise", 0.5, "--eval_every", 10, "--lr", 0.02, "--seed", 5, "--data", "my data"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     toy(*argv, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        spy(patch, at, lambda: (os.kill(os.getpid(), number), time.sleep(5)))
-        toy(*argv, "--out", tmp_path / "a cut")
-    command = f"python train_toy.py --resume 1 --out '{tmp_path}/a cut' --data data"
-    assert end.value.code == 130 and command in capsys.readouterr().err
-    assert len(log_lines(tmp_path / "a cut")) == at - 1
+    code = stopped(at, toy, *argv, "--out", tmp_path / "a cut",
+                   stop=lambda: (os.kill(os.getpid(), number), time.sleep(5)))
+    command = re.search("^  python train_toy.py (.*)$", capsys.readouterr().err, re.MULTILINE)[1]
+    assert code == 130 and len(log_lines(tmp_path / "a cut")) == at - 1
     with pytest.raises(SystemExit, match=r"--lr 0.01 \(was 0.02\)"):  # known even before the first evaluation
         toy("--resume", 1, "--out", tmp_path / "a cut", "--lr", 0.01)
-    toy("--resume", 1, "--out", tmp_path / "a cut")
+    toy(*shlex.split(command))
     assert outcome(tmp_path / "a cut") == outcome(tmp_path / "whole")
 
 
-def test_the_command_of_a_stopped_script_runs_as_printed(tmp_path):
-    out, argv = tmp_path / "first run", ["--demo", 1, "--steps", 1000, "--eval_every", 100, "--seed", 5]
-    process = start("train_mnist_add", *argv, "--data", tmp_path / "my data", "--out", out)
-    while not (out / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in error, error
-    command = re.search(r"^  (python .*train_mnist_add.py .*)$", error, re.MULTILINE)[1]
-    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    again = subprocess.run(command, shell=True, cwd=HERE, env=os.environ | path, capture_output=True)
-    assert again.returncode == 0 and b"Going on after step " in again.stdout, again.stderr
-    *rows, last = log_lines(out)
-    assert [row["step"] for row in rows] == list(range(100, 1001, 100)) and last["seed"] == 5
-
-
 def test_last_pt_alone_goes_on_with_a_model_folder_that_has_moved(tmp_path, monkeypatch):
-    model = shutil.copytree(folder("gpt2"), tmp_path / "model")
-    argv = ["--model", model, "--noise", 0.5, "--eval_every", 10]
-    toy(*argv, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        spy(patch, 3, raises(KeyboardInterrupt))
-        toy(*argv, "--out", tmp_path / "cut")
+    model, out = shutil.copytree(folder("gpt2"), tmp_path / "model"), tmp_path / "run"
+    stopped(3, toy, "--eval_every", 10, "--model", model, "--out", out)
+    (out / "best.pt").unlink()
     shutil.move(model, tmp_path / "moved")
-    for out in tmp_path / "new", tmp_path / "late":
-        out.mkdir()
-        shutil.copy(tmp_path / "cut" / "last.pt", out)
-        assert toy("--resume", 1, "--out", out, "--model", tmp_path / "moved")["step"] >= 20
-        monkeypatch.setattr(fpt, "validation_score", lambda row: -row["step"])  # late: nothing better comes
-    assert outcome(tmp_path / "new") == outcome(tmp_path / "whole")
+    monkeypatch.setattr(fpt, "validation_score", lambda row: -row["step"])  # nothing better comes
+    assert toy("--resume", 1, "--out", out, "--model", tmp_path / "moved")["step"] == 40
 
 
 @pytest.mark.parametrize("train, other", [
@@ -555,40 +522,29 @@ def test_runs_started_at_once_take_different_folders(tmp_path, monkeypatch):
         assert args.out == "runs/toy-5"
 
 
-def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(tmp_path, monkeypatch):
-    disk, filler, infer = tmp_path / "disk", tmp_path / "disk" / "filler", fpt.infer
-    disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=1m tmpfs '{disk}' 2> /dev/null"):
-        pytest.skip("only root can make a small disk")
-
-    def fill(*args):
-        if (disk / "last.pt").exists():
-            os.system(f"dd if=/dev/zero of='{filler}' bs=4k 2> /dev/null")
-        return infer(*args)
-
-    try:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^OSError: .*No space left"):
-            patch.setattr(fpt, "infer", fill)
-            toy("--eval_every", 10, "--out", disk)
-        assert checkpoint(disk, "last.pt")["step"] == 10
-        filler.unlink()
-        assert "test_loss" in toy("--resume", 1, "--out", disk)
-    finally:
-        os.system(f"umount -l '{disk}'")  # -l: an exception may still hold an open file
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
+def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(tmp_path):
+    stopped(2, toy, "--eval_every", 10, "--out", tmp_path)
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="^OSError: .*No space left"):
+        toy("--resume", 1, "--out", tmp_path)
+    assert checkpoint(tmp_path, "last.pt")["step"] == 10
+    (tmp_path / "last.pt.tmp").unlink()
+    assert "test_loss" in toy("--resume", 1, "--out", tmp_path)
 
 
 # ---- Several processes, notebooks, Weights & Biases ----------------------------------------------
-def test_two_processes_are_one_and_a_run_goes_on_with_another_number(tmp_path, monkeypatch):
+def test_two_processes_are_one_and_a_run_goes_on_with_another_number(tmp_path):
     argv = ["--demo", 1, "--n", 1, "--amp", "fp32", "--device", "cpu", "--augment", 0, "--data", DATA]
-    argv += ["--steps", 40, "--eval_every", 10, "--batch_size", 16]
+    argv += ["--steps", 40, "--eval_every", 10, "--batch_size", 16, "--model", folder("gpt2")]
     run_main("train_mnist_add", *argv, "--out", tmp_path / "one")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        spy(patch, 3, raises(KeyboardInterrupt))
-        run_main("train_mnist_add", *argv, "--out", tmp_path / "one-two")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --".split()  # -- because of --n
-    calls = {"two": argv, "one-two": ["--resume", 1, "--data", DATA]}
-    processes = {name: start("train_mnist_add", *calls[name], "--out", tmp_path / name, launch=launch)
-                 for name in calls}
+    stopped(3, run_main, "train_mnist_add", *argv, "--out", tmp_path / "one-two")
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 --".split()]
+    calls, processes = {"two": argv, "one-two": ["--resume", 1, "--data", DATA, "--device", "cpu"]}, {}
+    for name in calls:
+        command = [*torchrun, HERE / "train_mnist_add.py", *calls[name], "--out", tmp_path / name]
+        processes[name] = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
+                                           stderr=subprocess.PIPE, text=True)
     for name, process in processes.items():
         printed, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
@@ -618,9 +574,7 @@ def test_every_script_runs_in_a_notebook_cell(tmp_path):
 def test_weights_and_biases_offline_and_the_same_run_after_a_stop(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        spy(patch, 2, raises(KeyboardInterrupt))
-        toy("--out", tmp_path, "--wandb", "fpt-test")
+    stopped(2, toy, "--out", tmp_path, "--wandb", "fpt-test")
     wandb.finish()
     toy("--resume", 1, "--out", tmp_path, "--wandb", "fpt-test")
     wandb.finish()
@@ -641,7 +595,7 @@ def test_patches_are_squares_in_reading_order():
     torch.testing.assert_close(square[0, :, 1], torch.arange(16.0, 24), atol=1e-3, rtol=0)
 
 
-def test_images_are_moved_and_mirrored_and_nothing_is_invented():
+def test_augmentation_moves_a_little_and_invents_nothing():
     columns = torch.arange(32, dtype=torch.uint8).expand(32, 32)
     images = torch.stack([columns.T, columns, columns], 2).expand(200, 32, 32, 3)
     moved = train_cifar.shift_and_mirror(images).int()
@@ -650,12 +604,17 @@ def test_images_are_moved_and_mirrored_and_nothing_is_invented():
     assert moved[..., 0].diff(dim=1).min() >= 0
     assert set((moved[:, 16, 16, 0] - 16).tolist()) == set(range(-4, 5))
 
-
-def test_clips_are_moved_and_nothing_is_added():
-    waves = torch.arange(100.0).expand(50, 100)
-    moved = train_speech.shift(waves, 10)
-    assert torch.equal(moved.sort(1).values, waves)
+    clips = torch.arange(100.0).expand(50, 100)
+    moved = train_speech.shift(clips, 10)
+    assert torch.equal(moved.sort(1).values, clips)
     assert set(moved[:, 50].tolist()) <= set(range(40, 61)) and len(set(moved[:, 50].tolist())) > 5
+
+    digits = torch.zeros(300, 2, 28, 28)
+    digits[:, :, 13:15, 8:20] = 255  # a bar in the middle
+    moved = train_mnist_add.jiggle(digits).flatten(0, 1)
+    middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
+    assert moved.min() >= 0 and moved.mean().item() == pytest.approx(digits.mean().item(), rel=0.05)
+    assert 0.5 < middle.std() and middle.abs().max() < 2.9 and len(moved.flatten(1).unique(dim=0)) == 600
 
 
 @pytest.mark.parametrize("tokens", ["mel", "wave"])
@@ -677,16 +636,12 @@ def test_rankings_by_hand():
     assert train_cyp3a4.auprc(ties, target) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
-def test_digits_are_turned_scaled_and_moved_a_little():
-    images = torch.zeros(300, 2, 28, 28)
-    images[:, :, 13:15, 8:20] = 255  # a bar in the middle
-    moved = train_mnist_add.jiggle(images).flatten(0, 1)
-    middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
-    assert moved.min() >= 0 and moved.mean().item() == pytest.approx(images.mean().item(), rel=0.05)
-    assert 0.5 < middle.std() and middle.abs().max() < 2.9 and len(moved.flatten(1).unique(dim=0)) == 600
-
-
-def test_the_likeliest_sum():
+def test_sums_use_every_digit_equally_never_change_and_have_a_likeliest_one():
+    for n in 1, 2, 5:
+        index = data.sum_indices(100, n)
+        assert index.shape == (100, n) and torch.equal(index, data.sum_indices(100, n))
+        assert torch.equal(index.flatten().bincount(), torch.full((100,), n))
+        assert n == 1 or not torch.equal(index[:, 0], index[:, 1])
     digits = torch.arange(10)
     assert train_mnist_add.likeliest_sum(digits, 2) == 9 and train_mnist_add.likeliest_sum(digits, 10) == 45
     assert train_mnist_add.likeliest_sum(torch.tensor([7, 7, 1]), 3) in (15, 21)
@@ -700,35 +655,16 @@ def test_l1_is_the_absolute_and_mse_the_squared_error_of_the_sum(tmp_path):
     assert mse["test_loss"] * spread ** 2 == pytest.approx(mse["test_mse"], rel=0.1)
 
 
-# ---- Data sets: files in the original formats, from a local server -----------------------------------------
-@pytest.fixture
-def server(tmp_path):
-    """Serves the folder tmp_path/www; yields (folder, url)."""
-    folder = tmp_path / "www"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{httpd.server_port}/"
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def tar(path, files):
-    """Write {name: bytes} as a .tar.gz"""
-    with tarfile.open(path, "w:gz") as archive:
+# ---- Data sets: files in the original formats ----------------------------------------------------
+def tar(files):
+    """{name: bytes} as a .tar.gz"""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-
-
-def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+    return buffer.getvalue()
 
 
 def wav_bytes(samples, rate=16000, channels=1):
@@ -756,77 +692,38 @@ def sizes(splits):
     return [len(splits[split][-1]) for split in data.SPLITS]
 
 
-def test_cifar10_from_its_archive(server, tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
-    folder, url = server
+def test_cifar10_from_its_archive_and_from_a_hand_made_npz(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda *_: True)  # our files are not the real
     rng = np.random.default_rng(0)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     batches = {name: {"data": rng.integers(0, 256, (20, 3072), np.uint8),
                       "labels": rng.integers(0, 10, 20).tolist()} for name in names}
-    files = {f"cifar-10-batches-py/{name}": pickle.dumps(content) for name, content in batches.items()}
-    files["cifar-10-batches-py/batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")})
-    tar(folder / CIFAR10.filename, files)
-    md5 = {name.split("/")[1]: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(CIFAR10, "url", url + CIFAR10.filename)
-    monkeypatch.setattr(CIFAR10, "train_list", [(name, md5[name]) for name in names[:5]])
-    monkeypatch.setattr(CIFAR10, "test_list", [("test_batch", md5["test_batch"])])
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
-    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-    assert "corrupt" in ending(data.cifar10, tmp_path / "bad")
-
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
-    splits = data.cifar10(tmp_path / "good")
-    pixels = {name: batches[name]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for name in names}
-    assert sizes(splits) == [90, 10, 20] and not (tmp_path / "good" / "cifar10.npz").exists()
+    files = batches | {"batches.meta": {"label_names": list("abcdefghij")}}
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(tar(
+        {f"cifar-10-batches-py/{name}": pickle.dumps(content) for name, content in files.items()}))
+    splits = data.cifar10(tmp_path)
+    assert sizes(splits) == [90, 10, 20]
     # Row-major planes of red, green, blue become one pixel after the other.
+    pixels = {name: batches[name]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for name in names}
     assert torch.equal(splits["test"][0], torch.tensor(pixels["test_batch"]))
     assert splits["test"][1].tolist() == batches["test_batch"]["labels"]
-    learned = torch.cat([splits["train"][0], splits["validation"][0]]).flatten(1)
     train_x = np.concatenate([pixels[name] for name in names[:5]])
+    learned = torch.cat([splits["train"][0], splits["validation"][0]]).flatten(1)
     assert sorted(learned.tolist()) == sorted(train_x.reshape(100, -1).tolist())
 
-    shutil.rmtree(folder)  # the second start needs no server, and a hand-made npz not even the archive
-    assert_same(splits, data.cifar10(tmp_path / "good"))
+    train_y = np.array([label for name in names[:5] for label in batches[name]["labels"]], np.uint8)
     (tmp_path / "npz").mkdir()
-    y = np.array([label for name in names[:5] for label in batches[name]["labels"]], np.uint8)
-    np.savez(tmp_path / "npz" / "cifar10.npz", train_x=train_x, train_y=y[:, None],
+    np.savez(tmp_path / "npz" / "cifar10.npz", train_x=train_x, train_y=train_y[:, None],
              test_x=pixels["test_batch"], test_y=batches["test_batch"]["labels"])
     assert_same(splits, data.cifar10(tmp_path / "npz"))
 
 
-def test_mnist_from_its_files(server, tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    folder, url = server
-    rng = np.random.default_rng(0)
-    arrays, resources = {}, []
-    for name, size in ("train", 60), ("t10k", 20):
-        arrays[f"{name}-images-idx3-ubyte"] = rng.integers(0, 256, (size, 28, 28), np.uint8)
-        arrays[f"{name}-labels-idx1-ubyte"] = rng.integers(0, 10, size).astype(np.uint8)
-    for name, array in arrays.items():
-        content = gzip.compress(idx(array))
-        (folder / f"{name}.gz").write_bytes(content)
-        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
-    monkeypatch.setattr(MNIST, "mirrors", [url])
-    monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in resources])
-    assert "corrupt" in ending(data.mnist, tmp_path / "bad")
-    monkeypatch.setattr(MNIST, "resources", resources)
-    splits = data.mnist(tmp_path / "good")
-    assert sizes(splits) == [55, 5, 20]
-    assert torch.equal(splits["test"][0], torch.from_numpy(arrays["t10k-images-idx3-ubyte"]))
-    assert splits["test"][1].tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
-    shutil.rmtree(folder)
-    assert_same(splits, data.mnist(tmp_path / "good"))
-
-
-def test_sums_use_every_digit_equally_and_never_change():
-    for n in 1, 2, 5:
-        index = data.sum_indices(100, n)
-        assert index.shape == (100, n) and torch.equal(index, data.sum_indices(100, n))
-        assert torch.equal(index.flatten().bincount(), torch.full((100,), n))
-        assert n == 1 or not torch.equal(index[:, 0], index[:, 1])
-    assert torch.equal(data.sum_indices(7, 1)[:, 0], torch.arange(7))
+def test_mnist_from_its_files(tmp_path):
+    data.demo_mnist(tmp_path)  # in the original format
+    splits, raw = data.mnist(tmp_path), tmp_path / "MNIST" / "raw"
+    assert sizes(splits) == [550, 50, 200]
+    assert splits["test"][0].numpy().tobytes() == (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert splits["test"][1].tolist() == list((raw / "t10k-labels-idx1-ubyte").read_bytes()[8:])
 
 
 def speech_archive(path):
@@ -840,15 +737,14 @@ def speech_archive(path):
     files["./validation_list.txt"] = b"yes/bb_nohash_0.wav\n\nno/bb_nohash_1.wav\n\n"
     # The lists name words that are not there.
     files["./testing_list.txt"] = b"no/cc_nohash_0.wav\nno/cc_nohash_1.wav\nzebra/cc_nohash_1.wav\n"
-    tar(path, files)
+    path.write_bytes(tar(files))
     return clips
 
 
-def test_speech_commands_from_its_archive(server, tmp_path, monkeypatch):
-    folder, url = server
-    archive = folder / "speech_commands_v0.02.tar.gz"
+def test_speech_commands_from_its_archive(tmp_path, monkeypatch):
+    archive = tmp_path / "served.tar.gz"
     clips = speech_archive(archive)
-    monkeypatch.setattr(data, "SPEECH_URL", url + archive.name)
+    monkeypatch.setattr(data, "SPEECH_URL", archive.as_uri())
     assert "invalid hash" in ending(data.speech_commands, tmp_path / "bad")
     monkeypatch.setattr(data, "SPEECH_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     splits = data.speech_commands(tmp_path / "good")
@@ -860,40 +756,30 @@ def test_speech_commands_from_its_archive(server, tmp_path, monkeypatch):
             samples = clips[f"./{name.replace('_', '_nohash_')}.wav"].tolist()
             assert wave_.tolist() == samples + [0] * (16000 - len(samples))
             assert splits["classes"][label] == name.split("/")[0]
-    archive.unlink()
-    (tmp_path / "good" / archive.name).unlink()
-    assert_same(splits, data.speech_commands(tmp_path / "good"))
+    assert_same(splits, data.speech_commands(tmp_path / "good"))  # now from the cache
 
 
-MOLECULES = [("Cc1ccccc1", 1), ("CCc1ccccc1", 0), ("C1CCCCC1N", 1), ("CCO", 0), ("c1ccncc1", 1),
-             ("C[C@H](N)C(=O)O", 0), ("not a molecule", 1)]
-
-
-@pytest.mark.parametrize("quote", ['"', ""])
-def test_cyp3a4_from_its_table(server, tmp_path, monkeypatch, capfd, quote):
-    folder, url = server
-    rows = [("Drug_ID", "Drug", "Y"), *(("7.0", smiles, f"{label}.0") for smiles, label in MOLECULES)]
-    lines = ["\t".join(f"{quote}{field}{quote}" for field in row) + "\n" for row in rows]
-    (folder / "4259582").write_text("".join(lines))
-    monkeypatch.setattr(data, "CYP3A4_URL", url + "4259582")
-    line = ending(data.cyp3a4, tmp_path / "bad")
-    assert "7 molecules" in line and "12,328" in line and "--demo 1" in line
-    text = "".join(f"{smiles}\t{label}\n" for smiles, label in MOLECULES)
-    monkeypatch.setattr(data, "CYP3A4_SHA256", hashlib.sha256(text.encode()).hexdigest())
-    splits = data.cyp3a4(tmp_path / "good")
+def test_cyp3a4_from_its_table(tmp_path, monkeypatch, capfd):
+    molecules = {"Cc1ccccc1": 1, "CCc1ccccc1": 0, "C1CCCCC1N": 1, "CCO": 0, "c1ccncc1": 1,
+                 "C[C@H](N)C(=O)O": 0}
+    rows, table = [*molecules.items(), ("not a molecule", 1)], tmp_path / "served.tab"
+    head, lines = "Drug_ID\tDrug\tY\n", [f"7.0\t{smiles}\t{label}.0\n" for smiles, label in rows]
+    table.write_text("".join([head, *lines]))
+    content = "".join(f"{smiles}\t{label}\n" for smiles, label in rows)
+    monkeypatch.setattr(data, "CYP3A4_URL", table.as_uri())
+    monkeypatch.setattr(data, "CYP3A4_SHA256", hashlib.sha256(content.encode()).hexdigest())
+    splits = data.cyp3a4(tmp_path)
     output = "".join(capfd.readouterr())
-    assert "1 SMILES that RDKit cannot read are left out: not a molecule" in output and "100%" in output
+    assert "1 SMILES that RDKit cannot read are left out: not a molecule" in output
     ids, lengths, labels = (torch.cat([splits[split][i] for split in data.SPLITS]) for i in range(3))
     read = {"".join(chr(32 + i) for i in one[:length]): label.item()
             for one, length, label in zip(ids, lengths, labels)}
-    assert read == dict(MOLECULES[:-1])
+    assert read == molecules
     assert (ids.dtype, lengths.dtype, labels.dtype) == (torch.int32, torch.int64, torch.int64)
-    shutil.rmtree(folder)
-    assert_same(splits, data.cyp3a4(tmp_path / "good"))
-    (tmp_path / "turned").mkdir()  # the same rows in another order would be another split
-    (tmp_path / "turned" / "cyp3a4_veith.tab").write_text("".join([lines[0], *lines[:0:-1]]))
-    assert "7 molecules" in ending(data.cyp3a4, tmp_path / "turned")
-    assert data.cyp3a4(tmp_path / "good", tokens="atoms")["train"][0].shape[2] == 4
+    assert_same(splits, data.cyp3a4(tmp_path))  # now from the cache
+    assert data.cyp3a4(tmp_path, tokens="atoms")["train"][0].shape[2] == 4
+    (tmp_path / "cyp3a4_veith.tab").write_text("".join([head, *lines[::-1]]))
+    assert "7 molecules" in ending(data.cyp3a4, tmp_path)  # in another order they would be split otherwise
 
 
 def test_molecules_as_tokens():
@@ -936,98 +822,62 @@ def test_the_real_cyp3a4_has_the_published_split(tmp_path):
     assert digest == "883f4b4070a15886f17e6f57b29941e72cde3500934ab23d3b0ca3e9a7b401e0"
 
 
-# ---- Bad data: one line each -------------------------------------------------------------------------------
-def npz(change):
-    def write(folder):
-        arrays = {"train_x": np.zeros((20, 32, 32, 3), np.uint8), "train_y": np.arange(20) % 10}
-        arrays |= {"test_x": arrays["train_x"], "test_y": arrays["train_y"]}
-        change(arrays)
-        np.savez(folder / "cifar10.npz", **arrays)
-    return write
+# ---- Bad data: one line each ---------------------------------------------------------------------
+PIXELS, LABELS = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
+ARCHIVE, TABLE, GOOD = "speech_commands_v0.02.tar.gz", "cyp3a4_veith.tab", wav_bytes(np.arange(1, 9))
 
 
 def file(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def cut_npz(folder):
-    npz(lambda arrays: None)(folder)
-    file("cifar10.npz", (folder / "cifar10.npz").read_bytes()[:9999])(folder)
+def npz(**changed):
+    arrays = {"train_x": PIXELS, "train_y": LABELS, "test_x": PIXELS, "test_y": LABELS} | changed
+    return lambda folder: np.savez(folder / "cifar10.npz", **arrays)
 
 
-def from_demo(load, change):
-    """Generated files with one change, in place of the real ones."""
-    def write(folder):
-        load(folder, demo=True)
-        for made in (folder / "demo").glob("*/*"):
-            made.rename(folder / made.name)
-        for cache in folder.glob("*.npz"):
-            cache.unlink()
-        change(folder)
-    return write
-
-
-def clip(content):
-    return from_demo(data.speech_commands, file("SpeechCommands/speech_commands_v0.02/a/9.wav", content))
+def cut_mnist(folder):
+    data.demo_mnist(folder)
+    os.truncate(folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte", 5000)
 
 
 def words(change):
-    root = "SpeechCommands/speech_commands_v0.02"
-    return from_demo(data.speech_commands, lambda folder: change(folder / root))
-
-
-def digits(name, size):
-    return from_demo(data.mnist, lambda folder: os.truncate(folder / "MNIST" / "raw" / name, size))
-
-
-def archive(size=None, files=None):
+    """Six generated words with one change."""
     def write(folder):
-        path = folder / "speech_commands_v0.02.tar.gz"
-        tar(path, files or {"yes/a.wav": os.urandom(50000)})
-        os.truncate(path, size or path.stat().st_size)
+        data.demo_speech(folder)
+        change(folder / "SpeechCommands" / "speech_commands_v0.02")
     return write
 
 
-def table(text):
-    return file("cyp3a4_veith.tab", text.encode())
-
-
-GOOD = wav_bytes(np.arange(1, 9))
 BAD = [
-    ("cifar10", npz(lambda a: a.pop("test_x")), ["cifar10.npz", "test_x"]),
-    ("cifar10", npz(lambda a: a.update(train_x=a["train_x"] / 255)), ["cifar10.npz", "float64"]),
-    ("cifar10", npz(lambda a: a.update(train_x=a["train_x"].transpose(0, 3, 1, 2))), ["(20, 3, 32, 32)"]),
-    ("cifar10", npz(lambda a: a.update(train_y=a["train_y"] + 1)), ["cifar10.npz", "integers 0..9"]),
-    ("cifar10", npz(lambda a: a.update(test_y=a["test_y"] / 1)), ["cifar10.npz", "labels are float64"]),
-    ("cifar10", npz(lambda a: a.update(test_y=a["test_y"][:9])), ["cifar10.npz", "not 20 integers"]),
-    ("cifar10", npz(lambda a: a.update(test_y=np.array([{}] * 20))), ["cifar10.npz", "pickle"]),
+    ("cifar10", lambda folder: np.savez(folder / "cifar10.npz", x=PIXELS), ["cifar10.npz", "train_x"]),
+    ("cifar10", npz(train_x=PIXELS / 255), ["cifar10.npz", "float64"]),
+    ("cifar10", npz(train_x=PIXELS.transpose(0, 3, 1, 2)), ["cifar10.npz", "(20, 3, 32, 32)"]),
+    ("cifar10", npz(train_y=LABELS + 1), ["cifar10.npz", "integers 0..9"]),
+    ("cifar10", npz(test_y=LABELS / 1), ["cifar10.npz", "labels are float64"]),
+    ("cifar10", npz(test_y=LABELS[:9]), ["cifar10.npz", "not 20 integers"]),
     ("cifar10", file("cifar10.npz", b"text"), ["cifar10.npz", "Mend or delete"]),
-    ("cifar10", file("cifar10.npz", b""), ["cifar10.npz", "Mend or delete"]),
-    ("cifar10", cut_npz, ["cifar10.npz", "BadZipFile"]),
     ("cifar10", lambda folder: None, ["refused", "Put cifar-10-python.tar.gz into", "--demo 1"]),
     ("cifar10", file("cifar-10-python.tar.gz", b"altered"), ["Put cifar-10-python", "delete what is broken"]),
     ("mnist", lambda folder: None, ["refused", "Put the four files *-ubyte into", "MNIST/raw", "--demo 1"]),
-    ("mnist", digits("t10k-images-idx3-ubyte", 5000), ["MNIST/raw", "delete what is broken"]),
-    ("mnist", digits("train-labels-idx1-ubyte", 0), ["MNIST/raw", "delete what is broken"]),
+    ("mnist", cut_mnist, ["MNIST/raw", "delete what is broken"]),
     ("speech_commands", lambda folder: None, ["refused", "Put speech_commands_v0.02", "--demo 1"]),
-    ("speech_commands", archive(20000), ["EOFError", "delete what is broken"]),
-    ("speech_commands", archive(files={"../../../../outside.txt": b"x"}), ["outside", "delete what"]),
-    ("speech_commands", clip(b""), ["a/9.wav", "EOFError", "mono"]),
-    ("speech_commands", clip(b"text" * 9), ["a/9.wav", "RIFF"]),
-    ("speech_commands", clip(GOOD[:-3]), ["a/9.wav", "mono"]),
-    ("speech_commands", clip(wav_bytes([])), ["a/9.wav", " 0 samples"]),
-    ("speech_commands", clip(wav_bytes([1, 2], channels=2)), ["a/9.wav", "2 channels"]),
-    ("speech_commands", clip(wav_bytes([1, 2], rate=8000)), ["a/9.wav", "8000 Hz"]),
+    ("speech_commands", file(ARCHIVE, tar({"yes/a.wav": os.urandom(50000)})[:20000]), ["EOFError", "broken"]),
+    ("speech_commands", file(ARCHIVE, tar({"../../../../outside.txt": b"x"})), ["outside", "delete what"]),
+    ("speech_commands", words(file("a/9.wav", b"text" * 9)), ["a/9.wav", "RIFF"]),
+    ("speech_commands", words(file("a/9.wav", GOOD[:-3])), ["a/9.wav", "mono"]),
+    ("speech_commands", words(file("a/9.wav", wav_bytes([]))), ["a/9.wav", " 0 samples"]),
+    ("speech_commands", words(file("a/9.wav", wav_bytes([1, 2], channels=2))), ["a/9.wav", "2 channels"]),
+    ("speech_commands", words(file("a/9.wav", wav_bytes([1, 2], rate=8000))), ["a/9.wav", "8000 Hz"]),
     ("speech_commands", words(lambda root: (root / "a/9.wav").unlink()), ["1 clips of testing_list"]),
     ("speech_commands", words(lambda root: (root / "testing_list.txt").unlink()), ["testing_list.txt"]),
-    ("speech_commands", words(lambda root: (root / "testing_list.txt").write_text("\n")), ["all splits"]),
+    ("speech_commands", words(file("testing_list.txt", b"\n")), ["all splits"]),
     ("speech_commands", words(lambda root: [shutil.rmtree(root / word) for word in "bcdef"]), ["two words"]),
     ("cyp3a4", lambda folder: None, ["refused", "Put cyp3a4_veith.tab from http", "--demo 1"]),
-    ("cyp3a4", table(""), ["0 molecules", "cyp3a4_veith.tab", "delete what is broken"]),
-    ("cyp3a4", table("Drug_ID\tSmiles\tY\n1\tCCO\t0\n"), ["KeyError", "'Drug'", "cyp3a4_veith.tab"]),
-    ("cyp3a4", table("Drug_ID\tDrug\tY\n1\tCCO\tyes\n"), ["'yes'", "cyp3a4_veith.tab"]),
-    ("cyp3a4", table("Drug_ID\tDrug\tY\n1\tCCO\n"), ["TypeError", "cyp3a4_veith.tab"]),
-    ("cyp3a4", table("Drug_ID\tDrug\tY\n1\t\t1\n2\tC1CC\t0\n"), ["2 molecules", "12,328"]),
+    ("cyp3a4", file(TABLE, b""), ["0 molecules", TABLE, "delete what is broken"]),
+    ("cyp3a4", file(TABLE, b"Drug_ID\tSmiles\tY\n1\tCCO\t0\n"), ["KeyError", "'Drug'", TABLE]),
+    ("cyp3a4", file(TABLE, b"Drug_ID\tDrug\tY\n1\tCCO\tyes\n"), ["'yes'", TABLE]),
+    ("cyp3a4", file(TABLE, b"Drug_ID\tDrug\tY\n1\tCCO\t1\n"), ["1 molecules", "12,328", "--demo 1"]),
 ]
 
 
@@ -1053,104 +903,78 @@ def test_an_old_python_is_told_before_the_download(tmp_path, monkeypatch):
     assert "3.10.12" in ending(data.speech_commands, tmp_path)
 
 
-# ---- Generated files and caches ----------------------------------------------------------------------------
-LOADERS = ["cifar10", "mnist", "speech_commands", "cyp3a4"]
+# ---- Generated files and caches ------------------------------------------------------------------
+def test_generated_files_and_caches_are_used_and_made_anew_when_what_goes_in_differs(tmp_path, monkeypatch):
+    def kept():
+        """Start again: how many generated folders, caches of molecules and caches of clips are there now?"""
+        data.cyp3a4(tmp_path, True, "atoms")
+        data.speech_commands(tmp_path, True)
+        return [len(list(tmp_path.rglob(name))) for name in ("demo_*", "cyp3a4_*.npz", "speech_*.npz")]
 
-
-@pytest.mark.parametrize("load", LOADERS)
-def test_generated_files_are_made_once_and_by_the_present_code(load, tmp_path, monkeypatch):
-    first = getattr(data, load)(tmp_path, demo=True)
-    classes = {"speech_commands": 6, "cyp3a4": 2}.get(load, 10)
-    assert min(sizes(first)) >= 30 and len(first["test"][-1].unique()) == classes
+    assert kept() == [2, 1, 1]
     with monkeypatch.context() as patch:
         patch.setattr(data, "made_aside", lambda path: pytest.fail("made again"))
-        assert_same(first, getattr(data, load)(tmp_path, demo=True))
-    source = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda part: source(part) + "# changed")
-    assert_same(first, getattr(data, load)(tmp_path, demo=True))
-    assert len(list((tmp_path / "demo").iterdir())) == 2
-
-
-def test_a_cache_is_read_and_made_anew_when_the_code_differs(tmp_path, monkeypatch):
-    first = data.speech_commands(tmp_path, demo=True)
-    cache, = tmp_path.rglob("speech_*.npz")
-    np.savez(cache, waves=np.zeros((420, 16000), np.int16))
-    assert not data.speech_commands(tmp_path, demo=True)["train"][0].any()
-    cache.write_bytes(cache.read_bytes()[:5000])
-    assert f"Delete {cache}" in ending(data.speech_commands, tmp_path, True)
-    source, made = inspect.getsource, data.demo_folder(tmp_path, data.demo_speech)
-    monkeypatch.setattr(data, "demo_folder", lambda *args: made)
-    monkeypatch.setattr(inspect, "getsource", lambda part: source(part) + "# changed")
-    assert_same(first, data.speech_commands(tmp_path, demo=True))
-    assert len(list(tmp_path.rglob("speech_*.npz"))) == 2
-
-
-def test_the_name_of_the_molecules_cache_knows_all_that_goes_in(tmp_path, monkeypatch):
-    def caches():
-        data.cyp3a4(tmp_path, True, "atoms")
-        return len(list(tmp_path.rglob("cyp3a4_atoms_*.npz")))
-
-    assert caches() == caches() == 1
+        assert kept() == [2, 1, 1]
     monkeypatch.setattr(data, "BUCKETS", 99)
-    assert caches() == 2
+    assert kept() == [2, 2, 1]
     monkeypatch.setattr("rdkit.__version__", "other")
-    assert caches() == 3
-    path, = tmp_path.rglob("cyp3a4_veith.tab")
-    path.write_text(path.read_text() + '\n"400"\t"CCO"\t"0"')
-    assert caches() == 4
+    assert kept() == [2, 3, 1]
+    split, read = data.scaffold_split, data.read_wav
+    monkeypatch.setattr(data, "scaffold_split", lambda *args: split(*args))  # the code differs
+    monkeypatch.setattr(data, "read_wav", lambda path: read(path))
+    assert kept() == [2, 4, 2]
+    table, = tmp_path.rglob(TABLE)
+    table.write_text(table.read_text() + '\n"400"\t"CCO"\t"0"')
+    assert kept() == [2, 5, 2]
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda part: source(part) + "# changed")  # the generators' too
+    assert kept() == [4, 6, 3]
+    for cache in tmp_path.rglob("speech_*.npz"):
+        cache.write_bytes(cache.read_bytes()[:5000])
+    assert "Delete " in ending(kept)
 
 
-@pytest.mark.parametrize("load", ["cifar10", "mnist", "speech_commands", "cyp3a4", "archive"])
-def test_two_processes_at_once_do_not_disturb_each_other(load, tmp_path, monkeypatch):
-    context = multiprocessing.get_context("fork")
-    both, replace = context.Barrier(2), os.replace
-    if load == "archive":
-        speech_archive(tmp_path / "speech_commands_v0.02.tar.gz")
+@pytest.mark.parametrize("made", ["generated files", "a cache", "an unpacked archive"])
+def test_a_process_that_was_faster_does_not_disturb_this_one(made, tmp_path, monkeypatch):
+    made_aside, demo = data.made_aside, made != "an unpacked archive"
+    if made == "a cache":
+        data.demo_folder(tmp_path, data.demo_speech)
+    elif not demo:
+        speech_archive(tmp_path / ARCHIVE)
 
-    def when_both_are_there(*args):
-        both.wait(60)
-        replace(*args)
+    @contextmanager
+    def meanwhile_another_makes_it_too(path):
+        with made_aside(path) as new:
+            yield new
+            monkeypatch.setattr(data, "made_aside", made_aside)
+            data.speech_commands(tmp_path, demo)
 
-    def start(results):
-        os.replace = when_both_are_there
-        if load == "archive":
-            splits = data.speech_commands(tmp_path)
-        else:
-            splits = getattr(data, load)(tmp_path, demo=True)
-        results.put([zlib.crc32(splits[split][0].numpy()) for split in data.SPLITS])
-
-    results = context.Queue()
-    processes = [context.Process(target=start, args=(results,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    one, other = results.get(timeout=90), results.get(timeout=90)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert one == other and not list(tmp_path.rglob("unfinished-*"))
+    monkeypatch.setattr(data, "made_aside", meanwhile_another_makes_it_too)
+    splits = data.speech_commands(tmp_path, demo)
+    assert data.made_aside is made_aside  # there was another
+    assert_same(splits, data.speech_commands(tmp_path, demo))
+    assert not list(tmp_path.rglob("unfinished-*"))
 
 
 @pytest.mark.parametrize("full", ["os.replace", "tempfile.mkdtemp", "numpy.savez"])  # at any step
 def test_without_a_place_for_a_cache_it_goes_on(full, tmp_path, monkeypatch, capsys):
     data.demo_folder(tmp_path, data.demo_speech)
-
-    def no_space(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(full, no_space)
+    monkeypatch.setattr(full, raises(OSError(28, "No space left on device")))
     assert sizes(data.speech_commands(tmp_path, demo=True)) == [300, 48, 72]
     assert capsys.readouterr().out.count("Going on without a cache") == 1
     assert not list(tmp_path.rglob("*.npz"))
 
 
-# ---- Files for --predict -----------------------------------------------------------------------------------
-def test_images_are_upright_8_bit_and_on_the_given_ground(tmp_path):
+def test_an_image_to_predict_is_upright_8_bit_and_on_the_given_ground(tmp_path):
     from PIL import Image
 
     ramp = np.linspace(0, 65535, 28 * 28).reshape(28, 28).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "16.png")
+    path = tmp_path / "16.png"
+    Image.fromarray(ramp).save(path)
     expected = torch.from_numpy(np.round(ramp / 257).astype(np.uint8))
-    assert torch.equal(data.read_image(tmp_path / "16.png", "L", 28, 0), expected)
+    assert torch.equal(data.read_image(path, "L", 28, 0), expected)
+    path.write_bytes(path.read_bytes()[:100])
+    assert "16.png is no image that can be read" in ending(data.read_image, path, "L", 28, 0)
 
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
@@ -1166,55 +990,28 @@ def test_images_are_upright_8_bit_and_on_the_given_ground(tmp_path):
         assert image[0, 0].tolist() == [255] * 3 and image[4, 4].tolist() == [ground] * 3
 
 
-def test_images_that_cannot_be_read(tmp_path):
-    from PIL import Image
-
-    path = tmp_path / "a.png"
-    Image.new("L", (20000, 10000)).save(path)
-    assert "DecompressionBomb" in ending(data.read_image, path, "L", 28, 0)
-    Image.effect_noise((99, 99), 50).save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:50] + b"\0\0\0\1\0\0\0\0" + whole[58:])
-    for content in path.read_bytes(), whole.replace(b"IDAT", b"ID\0T"), whole[:2000], b"text", b"":
-        path.write_bytes(content)
-        assert "a.png is no image" in ending(data.read_image, path, "RGB", 32, 255)
-
-
-def test_a_wav_file_is_read_whole(tmp_path):
-    (tmp_path / "a.wav").write_bytes(wav_bytes(np.arange(20000)))
-    samples = data.read_wav(tmp_path / "a.wav")
-    assert samples.dtype == np.int16 and samples.tolist() == list(range(20000))
-
-
 # ---- The scripts ---------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def demos(tmp_path_factory):
-    """Each script with --demo 1 alone in an empty folder, no network: script -> (its output, its log)."""
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    environment |= dict.fromkeys(["HTTPS_PROXY", "https_proxy", "http_proxy"], "http://127.0.0.1:9")
-    environment["WORLD_SIZE"] = "2"  # as clusters set it, which is no launcher
-    places, processes = {script: tmp_path_factory.mktemp(script) for script in SCRIPTS}, {}
+def test_each_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(tmp_path):
+    environment = os.environ | dict.fromkeys(["HTTPS_PROXY", "https_proxy", "http_proxy"], CLOSED)
+    environment |= {"PYTHONPATH": str(HERE), "WORLD_SIZE": "2"}  # as clusters set it, which is no launcher
+    processes = {}
     for script in SCRIPTS:
         code = f"import sys, fpt, {script} as s; print('imports', *sys.modules); fpt.run(s.parser, s.main)"
+        (tmp_path / script).mkdir()
         processes[script] = subprocess.Popen(
-            [sys.executable, "-c", code, "--demo", "1"], cwd=places[script], env=environment, text=True,
+            [sys.executable, "-c", code, "--demo", "1"], cwd=tmp_path / script, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     printed = {script: process.communicate(timeout=300)[0] for script, process in processes.items()}
-    assert not any(process.returncode for process in processes.values()), printed
-    return {script: (printed[script], log_lines(places[script] / "runs" / script[6:])) for script in SCRIPTS}
-
-
-@pytest.mark.parametrize("script, foreign", [
-    ("train_cifar", {"torchaudio", "rdkit"}), ("train_mnist_add", {"torchaudio", "rdkit"}),
-    ("train_cyp3a4", {"torchaudio"}), ("train_speech", {"rdkit"})])
-def test_the_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(script, foreign, demos):
-    printed, (*rows, last) = demos[script]
-    assert "DEMO: the data is generated" in printed
-    assert last["test_accuracy"] > last["test_dummy_accuracy"] + 0.25
-    assert (last["demo"], last["pretrained"], last["layers"], last["steps"]) == (1, 0, 2, rows[-1]["step"])
-    assert last.get("test_auroc", 1) > 0.7 and last.get("test_auprc", 1) > 0.7 and last.get("test_mae", 0) < 1
-    imports = set(re.search("^imports (.*)$", printed, re.MULTILINE)[1].split())
-    assert "fpt" in imports and not imports & (foreign | {"wandb"})
+    for script in SCRIPTS:
+        assert processes[script].returncode == 0 and "DEMO: the data is generated" in printed[script], printed
+        *rows, last = log_lines(tmp_path / script / "runs" / script.removeprefix("train_"))
+        assert last["test_accuracy"] > last["test_dummy_accuracy"] + 0.25
+        assert [last[flag] for flag in ("demo", "pretrained", "layers")] == [1, 0, 2]
+        assert last["steps"] == rows[-1]["step"]
+        assert min(last.get("test_auroc", 1), last.get("test_auprc", 1)) > 0.7 and last.get("test_mae", 0) < 1
+        imports = set(re.search("^imports (.*)$", printed[script], re.MULTILINE)[1].split())
+        own = {"train_speech": "torchaudio", "train_cyp3a4": "rdkit"}.get(script)
+        assert "fpt" in imports and not imports & ({"torchaudio", "rdkit", "wandb"} - {own}), script
 
 
 @pytest.mark.parametrize("script, argv, given, classes", [
@@ -1226,23 +1023,20 @@ def test_a_script_in_both_arms_evaluated_asked(script, argv, given, classes, tmp
     from PIL import Image
 
     script, argv = f"train_{script}", [*argv.split(), "--demo", 1, "--steps", 4, "--eval_every", 4]
-    logs = []
+    results = []
     for core, pretrained in ("gpt2", 0), ("gpt2", 1), ("dinov2", 1):
         out, model = tmp_path / f"{core}{pretrained}", ["--model", folder(core)]
-        run_main(script, *model, *argv, "--pretrained", pretrained, "--out", out)
+        results.append(run_main(script, *model, *argv, "--pretrained", pretrained, "--out", out))
         again = run_main(script, *model, "--eval", out / "best.pt")
-        logs.append(log_lines(out))
-        assert again.items() <= logs[-1][-1].items() and "test_loss" in again
-    one, other = logs[0][-1], logs[1][-1]
+        assert again.items() <= results[-1].items() and "test_loss" in again
+    one, other = results[:2]
     differ = {name for name in one | other if one.get(name, 0) != other.get(name, 0)}
     figures = {f"test_{name}" for name in ("loss", "accuracy", "auroc", "auprc", "mae", "mse")}
     assert {"pretrained", "test_loss"} < differ <= figures | {"pretrained", "out", "wandb_id"}
 
     monkeypatch.chdir(tmp_path)  # where no data is: the checkpoint is enough
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save("a.png")
-    with wave.open("a.wav", "wb") as file:
-        file.setparams((1, 2, 16000, 20000, "NONE", ""))
-        file.writeframes(np.int16(np.arange(20000) % 500).tobytes())
+    Path("a.wav").write_bytes(wav_bytes(np.arange(20000) % 500))
     capsys.readouterr()
     run_main(script, *model, "--data", "none", "--eval", out / "best.pt", "--predict", given)
     printed = capsys.readouterr().out
@@ -1252,13 +1046,6 @@ def test_a_script_in_both_arms_evaluated_asked(script, argv, given, classes, tmp
     assert set(names) <= set(classes) and len(names) == min(10, len(classes))
     assert shares == sorted(shares)[::-1]
     assert len(classes) > 10 or sum(shares) == pytest.approx(100, abs=0.1)
-
-
-def test_the_benchmark_ends_when_one_of_its_processes_dies():
-    words = "--device cpu --amp fp32 --model distilgpt2 --batch_size 1 --tokens 1025".split()  # one too many
-    command = [sys.executable, HERE / ".results" / "speed.py", *words]
-    run = subprocess.run(command, capture_output=True, timeout=200)
-    assert run.returncode == 1 and b"The process of the side stock has died" in run.stderr
 
 
 def test_a_figure_that_cannot_be_computed_is_null(tmp_path):
@@ -1282,39 +1069,24 @@ def change(path, **config):
     (path / "config.json").write_text(json.dumps(config))
 
 
-def rewrite(path, content=None, name="model.safetensors", prefix=""):
-    """Other weights: this content, or if it is a number, the right one cut to so many bytes."""
-    weights = {prefix + key: weight for key, weight in load_file(path / "model.safetensors").items()}
-    (path / "model.safetensors").unlink()
-    if name.endswith(".bin"):
-        torch.save(weights, path / name)
-    else:
-        save_file(weights, path / name, {"format": "pt"})
-    right = (path / name).read_bytes()
-    (path / name).write_bytes(content if isinstance(content, bytes) else right[:content])
-
-
 class Trap:
     def __reduce__(self):
         return os.system, ("touch was-run",)
 
 
+FAKE = {"trained": {}, "flags": {"task": "cyp3a4", "layers": 0, "model": folder("gpt2")}, "fingerprint": 0.0}
 BNB, POINTER = "bitsandbytes", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105\n"
-FLAGS = {"task": "cyp3a4", "layers": 0, "model": folder("gpt2")}
 MADE = {  # what a case names in braces: a file, a run, a changed copy of a model. Other names are model types
     "file": lambda path: path.write_bytes(os.urandom(1000)),
-    "trap": lambda path: torch.save({"trained": Trap(), "flags": FLAGS, "fingerprint": 0.0}, path),
-    "empty": lambda path: torch.save({"trained": {}, "flags": FLAGS, "fingerprint": 0.0}, path),
+    "trap": lambda path: torch.save(FAKE | {"trained": Trap()}, path),
+    "molecule_run": lambda path: torch.save(FAKE, path),
+    "image_run": lambda path: torch.save(FAKE | {"flags": FAKE["flags"] | {"task": "cifar"}}, path),
     "toy_run": lambda path: toy("--out", path, "--steps", 1),
     "model_without_weights": lambda path: (path / "model.safetensors").unlink(),
+    "model_pointer": lambda path: (path / "model.safetensors").write_bytes(POINTER),
+    "model_cut": lambda path: os.truncate(path / "model.safetensors", 20_000),
     "model_broken_config": lambda path: (path / "config.json").write_text('{"model_type": '),
-    "model_pointer": lambda path: rewrite(path, POINTER),
-    "model_pointer_bin": lambda path: rewrite(path, POINTER, "pytorch_model.bin"),
-    "model_cut": lambda path: rewrite(path, 20_000),
-    "model_cut_bin": lambda path: rewrite(path, 20_000, "pytorch_model.bin"),
-    "model_prefixed": lambda path: rewrite(path, prefix="module."),
     "model_8bit": lambda path: change(path, quantization_config={"load_in_8bit": True, "quant_method": BNB}),
-    "model_gptq": lambda path: change(path, quantization_config={"bits": 4, "quant_method": "gptq"}),
     "model_wide": lambda path: change(path, n_embd=64),
     "model_deep": lambda path: change(path, n_layer=4),
     "model_scaled": lambda path: change(path, scale_attn_by_inverse_layer_idx=True),
@@ -1333,10 +1105,6 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
         f"--seed {10**18}")],
     *[("cifar", f"{flag} ''", 2, f"{flag.split()[-1]} is empty") for flag in (
         "--data", "--out", "--model", "--eval", "--device", "--wandb", "--train", "--eval a.pt --predict")],
-    *[("cifar", f"{flag} {value}", 2, f"{flag}: invalid choice: {value}") for flag, value in (
-        ("--pretrained", "2"), ("--pool", "'cls'"), ("--amp", "'fp64'"), ("--patch_size", "5"))],
-    ("speech", "--tokens midi", 2, "invalid choice: 'midi'"),
-    ("mnist_add", "--loss digits", 2, "invalid choice: 'digits'"),
     ("mnist_add", "--n 0", 2, "--n: 0 is not"),
     ("cifar", "--steps many", 2, "--steps: invalid int value: 'many'"),
     ("cifar", "--nonsense", 2, "unrecognized arguments: --nonsense"),
@@ -1355,19 +1123,17 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--model /no/folder", 1, "Cannot load --model /no/folder: ... --pretrained 0 needs no weights"),
     ("cifar", "--model gpt2", 1, "Cannot load --model gpt2: ... --pretrained 0 needs no weights"),
     *[("cifar", f"--model {{{name}}}", 1, f"Cannot load --model ... {name}: ... {says}") for name, says in (
-        ("file", ""), ("abacus", "abacus"), ("model_without_weights", "no file"),
-        ("model_broken_config", "JSON"), ("model_pointer", ""), ("model_pointer_bin", ""), ("model_cut", ""),
-        ("model_cut_bin", ""),
-        ("model_8bit", "bitsandbytes"), ("model_gptq", "GPTQ"), ("model_wide", ""))],
-    *[("cifar", f"--model {{{kind}}}", 1, f"it is {kind}, a core can be gpt2, bert, ") for kind in (
-        "t5 bloom mpt opt electra albert mamba xlnet bart clip gemma3 wav2vec2".split())],
+        ("file", ""), ("abacus", "abacus"), ("model_without_weights", "no file"), ("model_pointer", ""),
+        ("model_cut", ""), ("model_broken_config", "JSON"), ("model_8bit", BNB), ("model_wide", ""))],
+    ("cifar", "--model {t5}", 1, "it is t5, a core can be gpt2, bert, "),
+    ("cifar", "--model {clip}", 1, "it is clip, a core can be gpt2, bert, "),
     ("cifar", "--model {model_scaled}", 1, "not scaled as GPT-2's"),
     ("cifar", "--model {model_deep}", 1, "lacks 24 of its weights: h.2."),
-    ("cifar", "--model {model_prefixed}", 1, "lacks 28 of its weights: h.0."),
     ("mnist_add", "--n 129", 1, "The longest example has 129 tokens ... 128 positions"),
     ("cyp3a4", "--demo 1 --model {model_short}", 1, "The longest example has ... 12 positions"),
-    ("cyp3a4", f"--eval {{empty}} --predict {129 * 'C'}", 1, "has 129 tokens ... 128 positions"),
-    ("cyp3a4", "--eval {empty} --predict C1CC", 1, "cannot read 'C1CC'"),
+    ("cyp3a4", f"--eval {{molecule_run}} --predict {129 * 'C'}", 1, "has 129 tokens ... 128 positions"),
+    ("cyp3a4", "--eval {molecule_run} --predict C1CC", 1, "cannot read 'C1CC'"),
+    ("cifar", "--eval {image_run} --predict {file}", 1, "file is no image that can be read"),
     ("cifar", "--eval no.pt", 1, "no.pt is no checkpoint"),
     ("cifar", "--eval {file}", 1, "file is no checkpoint"),
     ("cifar", "--eval {trap}", 1, "trap is no checkpoint ... UnpicklingError"),
@@ -1375,7 +1141,6 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--eval {toy_run}/best.pt", 1, "best.pt belongs to the task toy, not to cifar"),
     ("cifar", "--resume 1 --out {toy_run}", 1, "toy_run belongs to the task toy, not to cifar"),
     ("toy", "--eval {toy_run}/best.pt --pool last", 1, "leave out --pool last (was mean)"),
-    ("toy", "--eval {toy_run}/best.pt --seed 4", 1, "leave out --seed 4 (was 0)"),
     ("toy", "--out {file}/run", 1, "Error: ... file"),
     ("toy", "--wandb x", 1, "--wandb ... pip install wandb", "no wandb"),
     ("toy", "--wandb x", 1, "--wandb ... No API key configured ... WANDB_MODE=offline", "no login"),
