@@ -354,6 +354,12 @@ def test_half_precision_trains_as_fp32_does(tmp_path, amp, device):
     assert half["test_loss"] == pytest.approx(fp32["test_loss"], abs=0.15)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "dinov2"])
+def test_predictions_are_float32_whatever_the_products_are(kind):
+    args = parse("--model", folder(kind), "--amp", "bf16")
+    assert fpt.FPT(args, 4, 3, 3)(torch.randn(2, 3, 4)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_skipped_fp16_steps_are_counted(tmp_path, monkeypatch, device):
     large = functools.partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**40)
