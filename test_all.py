@@ -354,7 +354,7 @@ def test_half_precision_trains_as_fp32_does(tmp_path, amp, device):
     assert half["test_loss"] == pytest.approx(fp32["test_loss"], abs=0.15)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "dinov2"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "dinov2"])
 def test_predictions_are_float32_whatever_the_products_are(kind):
     args = parse("--model", folder(kind), "--amp", "bf16")
     assert fpt.FPT(args, 4, 3, 3)(torch.randn(2, 3, 4)).dtype == torch.float32
