@@ -79,6 +79,7 @@ def sum_indices(size, n):
 
 
 def hold_out(x, y, size):
+    """Split off `size` random examples for validation, the same ones every time."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return {"train": (x[order[size:]], y[order[size:]]), "validation": (x[order[:size]], y[order[:size]])}
 
@@ -271,6 +272,7 @@ def read_image(path, mode, side, ground):
 
 @contextmanager
 def one_line_exit(text):
+    """An error in the body ends the program with one line: the error, then the text."""
     try:
         yield
     except Exception as error:  # parsers of broken files raise anything, from EOFError to SyntaxError

@@ -1,10 +1,10 @@
 """Frozen Pretrained Transformer (FPT): GPT-2, its attention and MLP frozen, on data that is not language.
 
-    python train_cifar.py --demo 1              # generated images, nothing is downloaded, a minute
-    python train_cifar.py                       # pretrained GPT-2, frozen
-    python train_cifar.py --pretrained 0        # the same blocks with random weights, frozen
-    python train_cifar.py --layers 0            # the floor: no block at all
-    python train_cifar.py --help                # every flag
+    python train_cifar.py --demo 1                      # generated images, no download
+    python train_cifar.py                               # pretrained GPT-2, frozen
+    python train_cifar.py --pretrained 0                # the same blocks with random weights, frozen
+    python train_cifar.py --pretrained 0 --layers 0     # the floor: no block at all
+    python train_cifar.py --help                        # every flag
 
 After Lu et al. 2021, "Pretrained Transformers as Universal Computation Engines", arXiv 2103.05247. This is
 what the train_*.py share. From top to bottom: GPT-2, the FPT around it, its weights, other transformers, the
@@ -80,7 +80,8 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, x, lengths=None):
-        # Padding needs no mask: it is on the right, where no real token reads.
+        # The lengths are for OtherCore: padding is on the right, where no real token of GPT-2 reads.
+        # The positions are float32, and so is x from here on; only the matrix products are in bf16.
         x = x + self.wpe.weight[:x.shape[1]]
         for block in self.h:
             x = block(x)
@@ -106,7 +107,7 @@ class FPT(nn.Module):
         width, positions = self.core.width, self.core.positions
         if time > positions:
             sys.exit(f"The longest example has {time} tokens, --model {args.model} has {positions} positions")
-        self.pool, self.floor, self.dtype = args.pool, args.layers == 0, PRECISIONS[args.amp]
+        self.pool, self.no_block, self.dtype = args.pool, args.layers == 0, PRECISIONS[args.amp]
         # The numbers of a token vector, or of an id's, start with standard deviation --in_scale, whatever the
         # task and the core. (The input numbers have 1.)
         if discrete:
@@ -121,20 +122,20 @@ class FPT(nn.Module):
         self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 1_000_001)
         self.output.bias.data.zero_()
 
-        # Freeze. A checkpoint leaves the frozen weights out; by the fingerprint it knows the same ones again.
+        # Freeze. A checkpoint leaves the frozen weights out. The fingerprint tells whether a model has them.
         self.fingerprint, frozen = 0.0, 0
         for parameter, part in self.named_parts():
             parameter.requires_grad = args.train == "all" or part in args.train.split(",")
             if parameter.requires_grad:
                 continue
-            # Sizes, so that nothing cancels, weighed by their places, so that their order counts.
+            # Absolute values, so that nothing cancels, times a ramp, so that their order counts.
             frozen += 1
             place = torch.linspace(frozen, frozen + 1, parameter.numel(), dtype=torch.float64)
             self.fingerprint += torch.dot(parameter.detach().abs().double().flatten(), place).item()
             if part in ("attn", "ff") and parameter.ndim == 2:
                 # Rounded once here, instead of by autocast at every step.
                 parameter.data = parameter.data.to(self.dtype)
-        self.eval()  # for good: no dropout anywhere
+        self.eval()  # in training too: no dropout anywhere
 
     def named_parts(self):
         """Yields (parameter, part), part being one of PARTS."""
@@ -151,17 +152,17 @@ class FPT(nn.Module):
                 yield parameter, part
 
     def forward(self, tokens, lengths=None):
-        """tokens:   float [batch, time, inputs], or int [batch, time] or [batch, time, ids], padded behind
+        """tokens:   float [batch, time, inputs], int [batch, time] or int [batch, time, ids]; padding is last
         lengths:  int [batch], how many tokens of each example are real, at least 1; None: all of them
-        returns   float32 [batch, outputs]
+        returns:  float32 [batch, outputs]
         """
         with torch.autocast(tokens.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             x = self.input(tokens)
             if x.ndim == 4:  # several ids a token
                 x = x.sum(2)
             x = self.core(x, lengths)
-        x = x.float()  # bf16 is coarse for logits and for regressions
-        if self.floor:  # without a block there would be no nonlinearity, and the floor would be easy to beat
+        x = x.float()  # Gemma's last norm leaves bf16, which is coarse for logits and for regressions
+        if self.no_block:  # hardly anything would be nonlinear, and the floor would be easy to beat
             x = F.gelu(x)
         if lengths is None:
             lengths = torch.full((len(x),), x.shape[1], device=x.device)
@@ -186,7 +187,10 @@ SUPPORTED = "gpt2, " + ", ".join(TEXT + STACKS)
 
 
 def normal(shape, std, seed, stream):
-    """Normal random numbers, float32. NumPy's, because torch draws others on another processor."""
+    """Normal random numbers, float32. NumPy's, because torch draws others on another processor.
+
+    stream: which numbers of the seed: that of the parameter in the core, or a large one for the new layers
+    """
     generator = np.random.default_rng([seed, stream])
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32) * np.float32(std))
 
@@ -194,8 +198,8 @@ def normal(shape, std, seed, stream):
 def load_core(args):
     """The core that --model, --pretrained, --layers, --init_std and --seed stand for, in float32 on the CPU.
 
-    Random cores follow one rule: every matrix is normal with standard deviation --init_std, by default
-    1/sqrt(width); biases are 0 and norms do nothing. A matrix's numbers do not depend on --layers.
+    Random cores follow one rule: every matrix, the position table included, is normal with standard deviation
+    --init_std, by default 1/sqrt(width); biases are 0, the norms' weights 1. --layers changes none of them.
     """
     try:
         name = args.model.removeprefix("openai-community/")
@@ -220,7 +224,8 @@ def load_core(args):
         elif kind != "gpt2":
             model = AutoModel.from_config(config, **how)
     except Exception as error:  # a silent hub, a broken file, a quantised model: any kind of error
-        sys.exit(f"Cannot load --model {args.model}: {one_line(error)}. --pretrained 0 needs no weights")
+        hint = ". --pretrained 0 needs no weights" if args.pretrained else ""
+        sys.exit(f"Cannot load --model {args.model}: {one_line(error)}{hint}")
 
     core = GPT2(config, layers) if kind == "gpt2" else OtherCore(model, layers)
     if args.pretrained and kind == "gpt2":
@@ -237,7 +242,7 @@ def load_core(args):
                 parameter.data = normal(parameter.shape, std, args.seed, i)
             elif name.endswith("bias"):
                 parameter.data.zero_()
-    if kind in STACKS and kind != "whisper":
+    if kind in STACKS and kind != "whisper":  # new positions, which start at zero: see OtherCore
         core.wpe.weight.data.zero_()
     return core
 
@@ -293,11 +298,11 @@ class OtherCore(nn.Module):
 
 # ---- Pieces of the training loop -----------------------------------------------------------------
 def batches(size, batch_size, seed, lengths=None):
-    """Yields int64 [batch_size] for ever: the examples of a batch. Each epoch has a new order; a rest smaller
-    than a batch is dropped.
+    """Yields int64 [batch_size] for ever: the examples of a batch. Each epoch has a new order; an incomplete
+    last batch is dropped.
 
-    With lengths [size], examples of like length go together, so that little of a batch is padding: each run
-    of 50 shuffled batches is sorted by length and cut, and the batches are shuffled again.
+    With lengths [size], examples of like length go together, so that little of a batch is padding: every 50
+    shuffled batches are sorted by length and cut, and the batches are shuffled again.
     """
     batch_size = min(batch_size, size)
     for epoch in itertools.count():
@@ -305,7 +310,7 @@ def batches(size, batch_size, seed, lengths=None):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(size, generator=generator)
         if lengths is not None:
-            order = torch.cat([run[lengths[run].argsort()] for run in order.split(50 * batch_size)])
+            order = torch.cat([part[lengths[part].argsort()] for part in order.split(50 * batch_size)])
         order = order[: size // batch_size * batch_size].view(-1, batch_size)
         if lengths is not None:
             order = order[torch.randperm(len(order), generator=generator)]
@@ -332,7 +337,8 @@ def learning_rate(args, step):
 def infer(args, model, batch, split, order):
     """Run the examples `order` of a split through the model: outputs float32 [n, outputs], targets [n]."""
     outputs, targets = [], []
-    for index in tqdm(order.split(4 * args.batch_size), f"evaluate {split}", leave=False, disable=RANK > 0):
+    chunks = order.split(4 * args.batch_size)  # no gradients are kept, so more fits into memory
+    for index in tqdm(chunks, f"evaluate {split}", leave=False, disable=RANK > 0):
         tokens, lengths, target = batch(split, index)
         outputs.append(model(tokens, lengths))
         targets.append(target)
@@ -345,8 +351,10 @@ def validation_score(row):
 
 
 def print_table(row):
-    lines = [f"| {name.replace('_', ' '):<25} | {value:>13{'.4f' if isinstance(value, float) else ''}} |"
-             for name, value in row.items() if value is not None]
+    lines = []
+    for name, value in row.items():
+        text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
+        lines.append(f"| {name.replace('_', ' '):<25} | {text:>13} |")
     rule = "-" * len(lines[0])
     tqdm.write("\n".join([rule, *lines, rule]))
 
@@ -358,7 +366,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
 
     batch(split, index):  index int64 [batch] on the CPU -> tokens, lengths or None, targets, on args.device
     sizes:                {"train": examples, "validation": ..., "test": ...}
-    dummy:                the target that is likeliest in the training split
+    dummy:                the target that is likeliest in the training split; dummy_accuracy: always saying it
     all_lengths:          {"train": int [examples] on the CPU, ...} if examples differ in length
     loss_fn, metrics:     of outputs and targets: a scalar tensor, and further figures {name: float}
     predict:              outputs [n, outputs] -> int64 [n], to be compared with the targets
@@ -373,7 +381,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     all_lengths = all_lengths or dict.fromkeys(sizes)
 
     def evaluate(split):
-        order = torch.arange(sizes[split])
+        order = torch.arange(sizes[split])  # all of them in every process, so that all of these agree
         if split == "validation" and args.eval_examples:  # a random part, as some lists are sorted by class
             generator = torch.Generator().manual_seed(0)
             order = torch.randperm(len(order), generator=generator)[:args.eval_examples]
@@ -387,19 +395,19 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         # A figure that cannot be computed is NaN, which JSON does not know.
         return {f"{split}_{name}": value if math.isfinite(value) else None for name, value in figures.items()}
 
-    def finish(path):
+    def report(path):
         step = load_trained(args, model, path)["step"]
         result = {"step": step, **evaluate("test" if args.test else "validation"), **counts}
         print_table(result)
         return result
 
     if args.eval:
-        return finish(args.eval)
+        return report(args.eval)
 
     # Begin, or go on from the last checkpoint.
     out = Path(args.out)
     optimizer = adamw(args, model)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")  # else does nothing
     done, rows = 0, []
     if args.resume and (out / "last.pt").exists():
         last = load_trained(args, model, out / "last.pt")
@@ -411,6 +419,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         scaler.load_state_dict(last["scaler"])
     if args.resume:
         print(f"Going on after step {done}")
+    # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}.\n"
@@ -419,9 +428,9 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     if args.compile:
         model.compile()
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    feed = batches(sizes["train"], args.batch_size, args.seed, all_lengths["train"])
-    feed = itertools.islice(feed, done * args.accumulate, None)
-    interval, start = [], time.time()  # loss and accuracy of each forward pass since the last evaluation
+    indices = batches(sizes["train"], args.batch_size, args.seed, all_lengths["train"])
+    indices = itertools.islice(indices, done * args.accumulate, None)
+    history, start = [], time.time()  # loss and accuracy of each forward pass since the last evaluation
 
     steps = range(done + 1, args.steps + 1)
     for step in tqdm(steps, "train", args.steps, initial=done, unit="step", disable=RANK > 0):
@@ -432,12 +441,13 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
 
         # Forward and backward. Under torchrun every process takes its share of the batch.
         for _ in range(args.accumulate):
-            tokens, lengths, targets = batch("train", next(feed)[RANK::WORLD])
+            tokens, lengths, targets = batch("train", next(indices)[RANK::WORLD])
             outputs = net(tokens, lengths)
             loss = loss_fn(outputs, targets)
             scaler.scale(loss / args.accumulate).backward()
             accuracy = (predict(outputs.detach()) == targets).float().mean()
-            interval.append(torch.stack([loss.detach(), accuracy]))  # not read here: that would wait for it
+            # Stays on the device: reading it here would make the CPU wait for the GPU at every step.
+            history.append(torch.stack([loss.detach(), accuracy]))
 
         # Update.
         scaler.unscale_(optimizer)
@@ -448,16 +458,16 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         if step % args.eval_every and step != args.steps:
             continue
 
-        # Evaluate.
-        interval = torch.stack(interval)
+        # Evaluate: from here on every --eval_every steps and after the last one.
+        figures = torch.stack(history)
         if WORLD > 1:
-            dist.all_reduce(interval)
-        losses, accuracies = (interval / WORLD).T.tolist()
-        trained_until = time.time()
+            dist.all_reduce(figures)
+        losses, accuracies = (figures / WORLD).T.tolist()
+        end = time.time()
         row = {"step": step, "train_loss": sum(losses) / len(losses), "train_loss_start": losses[0],
                "train_loss_final": losses[-1], "train_accuracy": sum(accuracies) / len(accuracies),
-               **evaluate("validation"), "train_seconds": trained_until - start}
-        row["evaluation_seconds"] = time.time() - trained_until
+               **evaluate("validation"), "train_seconds": end - start}
+        row["evaluation_seconds"] = time.time() - end
         if args.amp == "fp16":  # the optimizer counts the steps it made, the others overflowed
             row["skipped_steps"] = step - int(max(state["step"] for state in optimizer.state.values()))
         if not math.isfinite(row["train_loss"]) or row["validation_loss"] is None:
@@ -480,7 +490,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         if RANK == 0:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows}
             save(state, out / "last.pt")
-        interval, start = [], time.time()
+        history, start = [], time.time()
 
     # Test.
     if WORLD > 1:
@@ -489,7 +499,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     if not best.exists():
         print(f"{best} is gone: the last checkpoint is tested instead of the best one")
         best = out / "last.pt"
-    result = finish(best) | vars(args)
+    result = report(best) | vars(args)
     log.write(json.dumps(result) + "\n")
     if RANK == 0:
         save(load_checkpoint(out / "last.pt") | {"result": result}, out / "last.pt")
@@ -566,6 +576,7 @@ def claim(args):
         file = open(out / "lock", "a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A named folder is free until its first checkpoint; a run without --out never takes a begun one.
             if args.resume or not (out / ("last.pt" if args.out else "flags.json")).exists():
                 break
             problem = f"it holds a run; --resume 1 --out {shlex.quote(name)} goes on with it"
@@ -667,7 +678,7 @@ def flags(task, doc, demo, **defaults):
     add("--accumulate", type=number(int, 1), default=1, help="forward passes a gradient step")
     add("--lr", type=number(float, 0), default=3e-3, help="AdamW's peak learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices")
-    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of the products")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of the matrix products")
     add("--compile", **switch, default=0, help="1: torch.compile the model")
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto: cuda if there is one")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation")

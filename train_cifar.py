@@ -2,9 +2,9 @@
 
     python train_cifar.py                       # pretrained GPT-2, frozen
     python train_cifar.py --pretrained 0        # random weights, frozen
-    python train_cifar.py --layers 0            # no block at all
+    python train_cifar.py --pretrained 0 --layers 0    # no block at all
     python train_cifar.py --patch_size 8        # a quarter of the tokens, a quarter of the time
-    python train_cifar.py --demo 1              # generated images, no download, about a minute
+    python train_cifar.py --demo 1              # generated images, no download
     python train_cifar.py --eval runs/cifar/best.pt --predict cat.png
 """
 import torch
@@ -21,10 +21,11 @@ parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: s
 
 
 def to_tokens(images, patch_size):
-    """uint8 [batch, 32, 32, 3] -> float [batch, patches in reading order, patch_size * patch_size * 3]"""
+    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches in reading order, patch_size * patch_size * 3]"""
     mean, std = (torch.tensor(numbers, device=images.device) for numbers in (MEAN, STD))
     pixels = (images / 255 - mean) / std
     count, side = len(pixels), 32 // patch_size
+    # [image, row, y, column, x, colour] -> [image, row, column, y, x, colour]
     grid = pixels.view(count, side, patch_size, side, patch_size, 3).transpose(2, 3)
     return grid.reshape(count, side * side, patch_size * patch_size * 3)
 
@@ -37,8 +38,8 @@ def shift_and_mirror(images):
     columns = (pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1)
     mirrored = torch.rand(count, 1, device=images.device) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
-    image = torch.arange(count, device=images.device)
-    return images[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    example = torch.arange(count, device=images.device)
+    return images[example[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def main(args):

@@ -2,9 +2,9 @@
 
     python train_cyp3a4.py                      # pretrained GPT-2, frozen; a character of the SMILES a token
     python train_cyp3a4.py --pretrained 0       # random weights, frozen
-    python train_cyp3a4.py --layers 0           # no block at all
+    python train_cyp3a4.py --pretrained 0 --layers 0   # no block at all
     python train_cyp3a4.py --tokens atoms       # an atom a token, with its Morgan environments
-    python train_cyp3a4.py --demo 1             # generated molecules, no download, about a minute
+    python train_cyp3a4.py --demo 1             # generated molecules, no download
     python train_cyp3a4.py --eval runs/cyp3a4/best.pt --predict "CC(=O)Nc1ccc(O)cc1"
 """
 import sys

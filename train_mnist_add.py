@@ -2,9 +2,9 @@
 
     python train_mnist_add.py --n 2                     # pretrained GPT-2, frozen, on sums of two digits
     python train_mnist_add.py --n 2 --pretrained 0      # random weights, frozen
-    python train_mnist_add.py --n 2 --layers 0          # no block at all
+    python train_mnist_add.py --n 2 --pretrained 0 --layers 0   # no block at all
     python train_mnist_add.py --n 10 --loss l1          # sums of ten, as a regression
-    python train_mnist_add.py --demo 1                  # digits of a font, no download, about a minute
+    python train_mnist_add.py --demo 1                  # digits of a font, no download
     python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white on black
 """
 import numpy as np

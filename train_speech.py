@@ -2,9 +2,9 @@
 
     python train_speech.py                      # pretrained GPT-2, frozen, on log-mel frames
     python train_speech.py --pretrained 0       # random weights, frozen
-    python train_speech.py --layers 0           # no block at all
+    python train_speech.py --pretrained 0 --layers 0   # no block at all
     python train_speech.py --tokens wave        # 80 raw samples at 8 kHz a token
-    python train_speech.py --demo 1             # generated tones, no download, about a minute
+    python train_speech.py --demo 1             # generated tones, no download
     python train_speech.py --eval runs/speech/best.pt --predict clip.wav
 """
 import torch
