@@ -560,7 +560,10 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if LAUNCHED else alone
 def go_on(args):
     """The command that goes on with this run."""
     start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{start} " + shlex.join([sys.argv[0], "--resume", "1", "--out", args.out, "--data", args.data])
+    script = f"train_{args.task}.py"
+    if sys.argv[0].endswith(script):  # in a notebook it is the kernel
+        script = sys.argv[0]
+    return f"{start} " + shlex.join([script, "--resume", "1", "--out", args.out, "--data", args.data])
 
 
 def claim(args):
