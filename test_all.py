@@ -568,14 +568,15 @@ def test_every_script_runs_in_a_notebook_cell(tmp_path):
     import nbformat
 
     kernel = "['/somewhere/ipykernel_launcher.py', '-f', 'kernel-1.json']"
-    cells = [f"import sys, fpt; sys.argv = {kernel}; args = fpt.parse(fpt.flags('x', '', demo={{}}, out='o'))\n"
-             "print(args.steps, fpt.go_on(args))"]
+    cells = [f"import sys, fpt; sys.argv = {kernel}; parser = fpt.flags('x', '', demo={{}}, out='o')\n"
+             "args = fpt.parse(parser); print(args.steps, fpt.go_on(args))"]
     for script in SCRIPTS:
         words = f"x.py --demo 1 --steps 2 --model {folder('gpt2')} --data {DATA} --out {tmp_path / script}"
         cells += [f"sys.argv = {words.split()}", (HERE / f"{script}.py").read_text()]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.execute(notebook, str(HERE), timeout=200)
-    assert "1000 python train_x.py --resume 1 --out o" in "".join(part.get("text", "") for part in notebook.cells[0].outputs)
+    printed = "".join(part.get("text", "") for part in notebook.cells[0].outputs)
+    assert "1000 python train_x.py --resume 1 --out o" in printed
     assert all(log_lines(tmp_path / script)[-1]["step"] == 2 for script in SCRIPTS)
 
 
