@@ -40,7 +40,7 @@ CORES = {"whisper": ("cores/whisper", "speech"), "dinov2": ("cores/dinov2", "ima
 LAYERS = 6  # the blocks that are used: all of whisper's encoder and minilm, the first half of dinov2
 # name: (modality, script and flags, steps)
 TASKS = {"speech": ("speech", "train_speech.py", 600),
-         "cifar": ("images", "train_cifar.py --patch_size 8", 1000),
+         "cifar": ("images", "train_cifar.py --patch_size 4", 1000),
          "sums": ("digits", "train_mnist_add.py --n 2", 2000),
          "cyp3a4": ("molecules", "train_cyp3a4.py", 300)}
 RUNGS = ("none", "random", "shuffled", "spectrum", "pretrained", "all-random", "all-pretrained")
