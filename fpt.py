@@ -738,7 +738,7 @@ def parse(parser):
     if args.device.startswith("cuda") and WORLD > 1:
         args.device = f"cuda:{LOCAL_RANK}"
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {args.device} is not there, --device cpu always is ({one_line(error)})")
     if args.device.startswith("cuda"):

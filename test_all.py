@@ -1127,6 +1127,7 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--compile 1", 2, "--compile 1 needs a C++ compiler", "no compiler"),
     ("cifar", "--device abacus", 1, "--device abacus is not there, --device cpu"),
     ("cifar", "--device cuda", 1, "--device cuda is not there, --device cpu", "no GPU"),
+    ("cifar", "--device meta", 1, "--device meta is not there, --device cpu"),
     ("cifar", "--layers 3", 1, "it has 2 blocks, --layers asks for 3"),
     ("cifar", "--pretrained 0 --model gpt2 --layers 13", 1, "it has 12 blocks, --layers asks for 13"),
     ("cifar", "--model /no/folder", 1, "Cannot load --model /no/folder: ... --pretrained 0 needs no weights"),

@@ -320,16 +320,19 @@ def table(done):
 
 
 def draw(losses):
-    """Write ladder.svg: a panel for each core and task, the rungs from left to right, a dot for each seed, a
-    bar for their mean; yellow where the core was pretrained on the task's modality. Lower is better."""
+    """Write ladder.svg: a row of panels for each task, in it one for each core, in it the rungs.
+
+    A dot is a seed, a bar their mean. Yellow: the core was pretrained on the task's modality.
+    """
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams |= {"font.size": 15, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
     rungs = [rung for rung in RUNGS[1:5] if any(key[2] == rung for key in losses)]
     tasks = [task for task in TASKS if any(key[1] == task for key in losses)]
-    figure, axes = plt.subplots(len(CORES), len(tasks), figsize=(4 * len(tasks), 9), squeeze=False)
-    for (i, (core, (_, home))), (j, task) in itertools.product(enumerate(CORES.items()), enumerate(tasks)):
+    figure, axes = plt.subplots(len(tasks), len(CORES), figsize=(13, 4 * len(tasks) + 1), sharey="row",
+                                squeeze=False)
+    for (i, task), (j, (core, (_, home))) in itertools.product(enumerate(tasks), enumerate(CORES.items())):
         axis = axes[i, j]
         for x, rung in enumerate(rungs):
             values = losses.get((core, task, rung), [])
@@ -340,17 +343,17 @@ def draw(losses):
             if values := losses.get((core, task, rung)):
                 axis.axhline(statistics.mean(values), color=colour, ls=style, lw=2, label=label)
         axis.set_xlim(-0.6, len(rungs) - 0.4)
-        axis.set_xticks(range(len(rungs)), rungs if i == len(CORES) - 1 else [""] * len(rungs), rotation=30)
+        axis.set_xticks(range(len(rungs)), rungs if i == len(tasks) - 1 else [""] * len(rungs))
         axis.grid(axis="y", alpha=0.3)
         if home == TASKS[task][0]:
             axis.set_facecolor("#FFF4CC")
         if i == 0:
-            axis.set_title(f"{task}, {TASKS[task][2]} steps")
+            axis.set_title(f"{core} (of {home})")
         if j == 0:
-            axis.set_ylabel(f"{core} ({home})\ntest loss")
+            axis.set_ylabel(f"{task}, {TASKS[task][2]} steps\ntest loss")
     handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     figure.savefig(FOLDER / "ladder.svg", metadata={"Date": None})
 
 
