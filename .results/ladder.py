@@ -343,7 +343,7 @@ def draw(losses):
             if values := losses.get((core, task, rung)):
                 axis.axhline(statistics.mean(values), color=colour, ls=style, lw=2, label=label)
         axis.set_xlim(-0.6, len(rungs) - 0.4)
-        axis.set_xticks(range(len(rungs)), rungs if i == len(tasks) - 1 else [""] * len(rungs))
+        axis.set_xticks(range(len(rungs)), rungs if i == len(tasks) - 1 else [""] * len(rungs), rotation=25)
         axis.grid(axis="y", alpha=0.3)
         if home == TASKS[task][0]:
             axis.set_facecolor("#FFF4CC")
