@@ -177,6 +177,11 @@ def run_folder(run):
     return RUNS / "-".join(map(str, run))
 
 
+def test_file(run):
+    """float16 [2, test examples], kept in git so that tables and figure can be made again without the runs."""
+    return FOLDER / "ladder-test" / f"{run_folder(run).name}.npy"
+
+
 # ---- The test pass -------------------------------------------------------------------------------
 def test(args, done):
     """Read the test split with the three whole runs of every chosen core, task and rung, once each."""
@@ -203,7 +208,7 @@ def test(args, done):
             outputs, targets = caught
             losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
             right = (outputs.argmax(1) == targets).float()
-            np.save(run_folder(run) / "test.npy", torch.stack([losses, right]).double().cpu())
+            np.save(test_file(run), torch.stack([losses, right]).half().cpu())
             keep = {name: value for name, value in result.items() if name.startswith("test_")}
             with open(FOLDER / "ladder-test.jsonl", "a") as file:
                 file.write(json.dumps({"run": run, "date": time.strftime("%Y-%m-%d")} | keep) + "\n")
@@ -211,9 +216,9 @@ def test(args, done):
 
 def of_test(core, task, rung, done):
     """float [2, seeds, test examples]: losses, and 1 where the prediction is right. None: not read yet."""
-    paths = [run_folder(run) / "test.npy" for run in whole_runs(core, task, rung, done)]
+    paths = [test_file(run) for run in whole_runs(core, task, rung, done)]
     there = paths and all(path.exists() for path in paths)
-    return np.stack([np.load(path) for path in paths], 1) if there else None
+    return np.stack([np.load(path) for path in paths], 1).astype(float) if there else None
 
 
 def mean_and_variances(values, task):
@@ -368,6 +373,7 @@ def main():
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "ladder-test").mkdir(exist_ok=True)
     if args.make:
         return make_cores(args.cores)
     if args.test:
