@@ -178,7 +178,7 @@ def run_folder(run):
 
 
 def test_file(run):
-    """float16 [2, test examples], kept in git so that tables and figure can be made again without the runs."""
+    """float16 [2, test examples], kept in git so that --draw needs no run (of speech it needs data/: speakers)."""
     return FOLDER / "ladder-test" / f"{run_folder(run).name}.npy"
 
 
