@@ -178,7 +178,7 @@ def run_folder(run):
 
 
 def test_file(run):
-    """float16 [2, test examples], kept in git so that --draw needs no run (of speech it needs data/: speakers)."""
+    """float16 [2, test examples], in git: --draw needs no run, and of the data only speech's names of files."""
     return FOLDER / "ladder-test" / f"{run_folder(run).name}.npy"
 
 
