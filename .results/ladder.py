@@ -178,7 +178,10 @@ def run_folder(run):
 
 
 def test_file(run):
-    """float16 [2, test examples], in git: --draw needs no run, and of the data only speech's names of files."""
+    """float16 [2, test examples]: losses, and 1 where the prediction is right. In git, so --draw needs no runs.
+
+    (For speech it needs the data all the same: the names of the files name the speakers.)
+    """
     return FOLDER / "ladder-test" / f"{run_folder(run).name}.npy"
 
 
