@@ -178,7 +178,7 @@ def run_folder(run):
 
 
 def test_file(run):
-    """float16 [2, test examples]: losses, and 1 where the prediction is right. In git, so --draw needs no runs.
+    """float16 [2, test examples]: losses, and 1 where it is right. In git, so --draw needs no runs.
 
     (For speech it needs the data all the same: the names of the files name the speakers.)
     """
