@@ -70,7 +70,7 @@ def best_rate(row, arm, lines):
 
 
 def cell(row, arm, figure, lines):
-    """Mean over the seeds and its standard error, over seeds and test examples together."""
+    """Mean over the seeds and its standard error, over seeds and, where known, test examples together."""
     _, _, steps, examples, times = ROWS[row]
     values = [line[figure] for key, line in lines.items()
               if key[0] == row and key[1] == arm and key[4] == steps and figure in line]
@@ -80,7 +80,10 @@ def cell(row, arm, figure, lines):
     if figure == "test_accuracy":
         sampling = mean * (1 - mean) / (examples / times)  # in sums of n every test digit serves n times
         return f"{100 * mean:.1f} ± {100 * math.sqrt(spread ** 2 / len(values) + sampling):.1f}"
-    return f"{mean:.3f} ± {spread / math.sqrt(len(values)):.3f}"
+    sampling = 0.0  # not known for the others
+    if row == "sums10":  # of absolute values of normal errors the variance is (pi / 2 - 1) mean ** 2
+        sampling = (math.pi / 2 - 1) * mean ** 2 / (examples / times)
+    return f"{mean:.3f} ± {math.sqrt(spread ** 2 / len(values) + sampling):.3f}"
 
 
 def main():
