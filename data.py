@@ -79,7 +79,8 @@ def sum_indices(size, n):
 
 
 def hold_out(x, y, size):
-    """Split off `size` random examples for validation, the same ones every time."""
+    """Split off `size` random examples for validation, the same ones every time. Only for independent
+    examples: what belongs together (a speaker, a scaffold) must not be on both sides."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return {"train": (x[order[size:]], y[order[size:]]), "validation": (x[order[:size]], y[order[:size]])}
 

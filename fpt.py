@@ -364,7 +364,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         predict=lambda outputs: outputs.argmax(1), metrics=lambda outputs, targets: {}):
     """Train, keep the checkpoint with the best validation figures, and with it read the test split, once.
 
-    batch(split, index):  index int64 [batch] on the CPU -> tokens, lengths or None, targets, on args.device
+    batch(split, index):  index int64 [batch] on the CPU -> tokens, lengths or None (as FPT.forward wants
+                          them), targets (as loss_fn wants them: int64 from 0), all on args.device
     sizes:                {"train": examples, "validation": ..., "test": ...}
     dummy:                the target that is likeliest in the training split; dummy_accuracy: always saying it
     all_lengths:          {"train": int [examples] on the CPU, ...} if examples differ in length
@@ -372,6 +373,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     predict:              outputs [n, outputs] -> int64 [n], to be compared with the targets
     Returns the last line of <out>/log.jsonl as a dict. With --eval it only evaluates.
     """
+    if not all(sizes.values()):
+        sys.exit(f"A split has no examples: {sizes}")
     if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier()  # data and weights are there: lets this machine's other processes out of run()
     model.to(args.device)
@@ -419,6 +422,9 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         scaler.load_state_dict(last["scaler"])
     if args.resume:
         print(f"Going on after step {done}")
+    if RANK == 0:  # for a run that is stopped before its first checkpoint
+        (out / "flags.tmp").write_text(json.dumps(vars(args)))
+        os.replace(out / "flags.tmp", out / "flags.json")
     # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -569,8 +575,7 @@ def go_on(args):
 def claim(args):
     """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ... Sets args.out.
 
-    The flags are kept there, for a run that is stopped before its first checkpoint. Returns an open file, the
-    lock on which keeps a second process out of the folder and ends with this process.
+    Returns an open file, the lock on which keeps a second process out of the folder and ends with this one.
     """
     free_names = (f"runs/{args.task}" + f"-{i}" * (i > 1) for i in itertools.count(1))
     for name in [args.out] if args.out else free_names:
@@ -589,8 +594,6 @@ def claim(args):
         if args.out:
             sys.exit(f"--out {name} is taken: {problem}")
     args.out = name
-    (out / "flags.tmp").write_text(json.dumps(vars(args)))
-    os.replace(out / "flags.tmp", out / "flags.json")
     return file
 
 
@@ -615,7 +618,8 @@ def run(parser, main):
                 dist.barrier()  # until the first process of this machine has downloaded and decoded
         return main(args)
     except KeyboardInterrupt:
-        print(f"\nStopped. Go on with\n  {go_on(args)}" if folder else "\nStopped.", file=sys.stderr)
+        begun = folder and (Path(args.out) / "flags.json").exists()
+        print(f"\nStopped. Go on with\n  {go_on(args)}" if begun else "\nStopped.", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({one_line(error)})")
@@ -662,7 +666,10 @@ def number(kind, least, below=math.inf):
 
 
 def flags(task, doc, demo, **defaults):
-    """The flags that all scripts share. defaults: the task's own; demo: those of its --demo 1."""
+    """The flags that all scripts share.
+
+    task: the script's name without train_; defaults: the task's own; demo: those of its --demo 1
+    """
     # Without the usage, thirty lines, an error is one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, formatter_class=HelpFormatter)
     parser.demo = {"pretrained": 0, "layers": 2} | demo

@@ -525,8 +525,9 @@ def test_runs_started_at_once_take_different_folders(tmp_path, monkeypatch):
         files = list(pool.map(fpt.claim, runs))  # a lock is of an open file, so threads will do
     assert sorted(args.out for args in runs) == ["runs/toy", "runs/toy-2", "runs/toy-3", "runs/toy-4"]
     [file.close() for file in files]
-    with fpt.claim(args := parse()):  # what was begun can still be gone on with
-        assert args.out == "runs/toy-5"
+    Path("runs", "toy", "flags.json").touch()  # begun; the folders of the others are free again
+    with fpt.claim(args := parse()):
+        assert args.out == "runs/toy-2"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
@@ -1084,12 +1085,15 @@ class Trap:
 
 
 FAKE = {"trained": {}, "flags": {"task": "cyp3a4", "layers": 0, "model": folder("gpt2")}, "fingerprint": 0.0}
+WORDS = {"task": "speech", "classes": ["no", "yes"], "demo": 1}
 BNB, POINTER = "bitsandbytes", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105\n"
 MADE = {  # what a case names in braces: a file, a run, a changed copy of a model. Other names are model types
     "file": lambda path: path.write_bytes(os.urandom(1000)),
     "trap": lambda path: torch.save(FAKE | {"trained": Trap()}, path),
     "molecule_run": lambda path: torch.save(FAKE, path),
     "image_run": lambda path: torch.save(FAKE | {"flags": FAKE["flags"] | {"task": "cifar"}}, path),
+    "word_run": lambda path: torch.save(FAKE | {"flags": FAKE["flags"] | WORDS}, path),
+    "few_images": lambda path: (path.mkdir(), npz(train_x=PIXELS[:9], train_y=LABELS[:9])(path)),
     "toy_run": lambda path: toy("--out", path, "--steps", 1),
     "model_without_weights": lambda path: (path / "model.safetensors").unlink(),
     "model_pointer": lambda path: (path / "model.safetensors").write_bytes(POINTER),
@@ -1144,6 +1148,8 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cyp3a4", f"--eval {{molecule_run}} --predict {129 * 'C'}", 1, "has 129 tokens ... 128 positions"),
     ("cyp3a4", "--eval {molecule_run} --predict C1CC", 1, "cannot read 'C1CC'"),
     ("cifar", "--eval {image_run} --predict {file}", 1, "file is no image that can be read"),
+    ("cifar", "--layers 0 --data {few_images}", 1, "A split has no examples: ... 'validation': 0"),
+    ("speech", "--eval {word_run}", 1, "holds the words a b c d e f, the run no yes"),
     ("cifar", "--eval no.pt", 1, "no.pt is no checkpoint"),
     ("cifar", "--eval {file}", 1, "file is no checkpoint"),
     ("cifar", "--eval {trap}", 1, "trap is no checkpoint ... UnpicklingError"),

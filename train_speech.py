@@ -7,6 +7,8 @@
     python train_speech.py --demo 1             # generated tones, no download
     python train_speech.py --eval runs/speech/best.pt --predict clip.wav
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -63,7 +65,10 @@ def main(args):
         return fpt.print_prediction(args, model, args.classes, to_tokens(wave))
 
     splits = data.speech_commands(args.data, args.demo)
-    args.classes = splits.pop("classes")  # a checkpoint keeps the flags, and with them the words
+    classes = splits.pop("classes")
+    if getattr(args, "classes", classes) != classes:
+        sys.exit(f"{args.data} holds the words {' '.join(classes)}, the run {' '.join(args.classes)}")
+    args.classes = classes  # a checkpoint keeps the flags, and with them the words
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
     dummy = splits["train"][1].mode().values.item()
     splits = {split: [part.to(args.device) for part in parts] for split, parts in splits.items()}
