@@ -422,9 +422,6 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         scaler.load_state_dict(last["scaler"])
     if args.resume:
         print(f"Going on after step {done}")
-    if RANK == 0:  # for a run that is stopped before its first checkpoint
-        (out / "flags.tmp").write_text(json.dumps(vars(args)))
-        os.replace(out / "flags.tmp", out / "flags.json")
     # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -575,7 +572,8 @@ def go_on(args):
 def claim(args):
     """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ... Sets args.out.
 
-    Returns an open file, the lock on which keeps a second process out of the folder and ends with this one.
+    The flags are kept there, for a run that is stopped before its first checkpoint. Returns an open file, the
+    lock on which keeps a second process out of the folder and ends with this process.
     """
     free_names = (f"runs/{args.task}" + f"-{i}" * (i > 1) for i in itertools.count(1))
     for name in [args.out] if args.out else free_names:
@@ -594,6 +592,8 @@ def claim(args):
         if args.out:
             sys.exit(f"--out {name} is taken: {problem}")
     args.out = name
+    (out / "flags.tmp").write_text(json.dumps(vars(args)))
+    os.replace(out / "flags.tmp", out / "flags.json")
     return file
 
 
@@ -618,9 +618,12 @@ def run(parser, main):
                 dist.barrier()  # until the first process of this machine has downloaded and decoded
         return main(args)
     except KeyboardInterrupt:
-        begun = folder and (Path(args.out) / "flags.json").exists()
-        print(f"\nStopped. Go on with\n  {go_on(args)}" if begun else "\nStopped.", file=sys.stderr)
+        print(f"\nStopped. Go on with\n  {go_on(args)}" if folder else "\nStopped.", file=sys.stderr)
         sys.exit(130)
+    except SystemExit:
+        if folder and not args.resume and not (Path(args.out) / "log.jsonl").exists():
+            (Path(args.out) / "flags.json").unlink()  # it failed before it trained: the folder is free again
+        raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({one_line(error)})")
     except OSError as error:  # a full disk, a folder that may not be written, a server that is gone

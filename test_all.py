@@ -525,9 +525,10 @@ def test_runs_started_at_once_take_different_folders(tmp_path, monkeypatch):
         files = list(pool.map(fpt.claim, runs))  # a lock is of an open file, so threads will do
     assert sorted(args.out for args in runs) == ["runs/toy", "runs/toy-2", "runs/toy-3", "runs/toy-4"]
     [file.close() for file in files]
-    Path("runs", "toy", "flags.json").touch()  # begun; the folders of the others are free again
-    with fpt.claim(args := parse()):
-        assert args.out == "runs/toy-2"
+    with pytest.raises(SystemExit, match="it has 2 blocks"):  # a start that fails leaves its folder free
+        toy("--layers", 3)
+    with fpt.claim(args := parse()):  # what was begun can still be gone on with
+        assert args.out == "runs/toy-5"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
