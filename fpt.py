@@ -214,8 +214,8 @@ def load_core(args):
             raise ValueError("its attention is not scaled as GPT-2's is")
         if layers > blocks:
             raise ValueError(f"it has {blocks} blocks, --layers asks for {layers}")
-        # As in Block: the fused attention is for GPUs.
-        how = {"dtype": torch.float32, "attn_implementation": "eager" if args.device == "cpu" else "sdpa"}
+        # Plain attention: the fused one is slow on CPUs, and would leave out Gemma 2's soft caps on GPUs.
+        how = {"dtype": torch.float32, "attn_implementation": "eager"}
         if args.pretrained:
             model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **how)
             missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # cores have none
@@ -751,7 +751,7 @@ def parse(parser):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {args.device} is not there, --device cpu always is ({one_line(error)})")
-    if args.device.startswith("cuda"):
+    if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     if args.amp == "auto" and args.device.startswith("cuda"):
         # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.

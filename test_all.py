@@ -177,16 +177,18 @@ def leave_the_process_as_it_was(monkeypatch):
 
 
 # ---- The model -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("activation, saved_as, pool", [
     ("gelu_new", GPT2Model, "mean"), ("relu", GPT2LMHeadModel, "last")])
-def test_ours_equals_transformers_gpt2(activation, saved_as, pool, tmp_path):
+def test_ours_equals_transformers_gpt2(activation, saved_as, pool, device, tmp_path):
     theirs = disturb(saved_as(GPT2Config(**SMALL["gpt2"], activation_function=activation, n_inner=80)))
     theirs.save_pretrained(tmp_path)
     ours, tokens = fpt.FPT(parse("--model", tmp_path, "--pool", pool), 12, 5, 9), torch.randn(3, 9, 12)
     hidden = theirs.base_model(inputs_embeds=ours.input(tokens)).last_hidden_state
     torch.testing.assert_close(ours.core(ours.input(tokens)), hidden, rtol=1e-5, atol=1e-5)
     pooled = hidden.mean(1) if pool == "mean" else hidden[:, -1]
-    torch.testing.assert_close(ours(tokens), ours.output(pooled), rtol=1e-5, atol=1e-5)
+    expected = ours.output(pooled)
+    torch.testing.assert_close(ours.to(device)(tokens.to(device)).cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", fpt.TEXT + fpt.STACKS)
@@ -383,6 +385,38 @@ def test_half_batches_and_a_compiled_model_train_as_plain_ones(tmp_path, monkeyp
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_molecules_of_many_lengths_are_compiled_few_times_and_train_as_plain_ones(tmp_path, monkeypatch, device):
+    if device == "cpu":
+        without = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+        monkeypatch.setattr(nn.Module, "compile", without)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    argv = "--demo", 1, "--steps", 20, "--eval_every", 20, "--batch_size", 8, "--device", device, "--amp", "fp32"
+    plain, compiled = (run_main("train_cyp3a4", *argv, "--compile", compile, "--out", tmp_path / str(compile))
+                       for compile in (0, 1))
+    assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-2)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 7
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_step_waits_for_the_gpu(script, device, tmp_path, monkeypatch):
+    rate = fpt.learning_rate
+
+    def strict(args, step):  # from here on waiting is an error, but in the last step, which evaluates
+        torch.cuda.set_sync_debug_mode("error" if step < args.steps else 0)
+        return rate(args, step)
+
+    monkeypatch.setattr(fpt, "learning_rate", strict)
+    try:
+        for amp in "bf16", "fp16":
+            run_main(script, "--demo", 1, "--steps", 5, "--eval_every", 5, "--device", device, "--amp", amp,
+                     "--out", tmp_path / amp)
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+
+
 def test_the_learning_rate_warms_up_and_ends_above_0(tmp_path):
     for steps, warmup in (1000, 50), (40, 4), (1, 1):
         args = parse("--steps", steps, "--lr", 1)
@@ -427,14 +461,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_good_one(tmp_
 
 
 # ---- Runs that are stopped -----------------------------------------------------------------------
+def silent_toy(*argv):
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    fpt.tqdm.set_lock(threading.RLock())  # the usual one is shared, and a sister may have died holding it
+    toy(*argv)
+
+
 def forked(*argv, kill_after=None):
     """Run the toy in a process of its own, killed after so many seconds. Returns its exit code."""
-    def child():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        fpt.tqdm.set_lock(threading.RLock())  # the usual one is shared, and a sister may have died holding it
-        toy(*argv)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    context = multiprocessing.get_context("forkserver")  # its processes have never seen a GPU: this one may have
+    context.set_forkserver_preload(["test_all"])
+    process = context.Process(target=silent_toy, args=("--model", folder("gpt2"), *argv))
     process.start()
     if kill_after is not None:
         process.join(kill_after)
@@ -457,6 +494,7 @@ def outcome(folder):
 @pytest.mark.parametrize("amp", ["fp32", "fp16"])
 def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp):
     argv = ["--steps", 150, "--eval_every", 3, "--noise", 0.5, "--accumulate", 2, "--amp", amp]
+    forked("--steps", 1, "--out", tmp_path / "first")  # the server's imports are not to be timed
     start, kills = time.time(), 0
     assert forked(*argv, "--out", tmp_path / "whole") == 0
     whole = time.time() - start

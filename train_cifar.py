@@ -22,7 +22,8 @@ parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: s
 
 def to_tokens(images, patch_size):
     """uint8 [batch, 32, 32, 3] -> float32 [batch, patches in reading order, patch_size * patch_size * 3]"""
-    mean, std = (torch.tensor(numbers, device=images.device) for numbers in (MEAN, STD))
+    # Not made on the GPU, which would have to be waited for in every step.
+    mean, std = (torch.tensor(numbers).to(images.device, non_blocking=True) for numbers in (MEAN, STD))
     pixels = (images / 255 - mean) / std
     count, side = len(pixels), 32 // patch_size
     # [image, row, y, column, x, colour] -> [image, row, column, y, x, colour]
