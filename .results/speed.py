@@ -71,6 +71,18 @@ def our_loop(args, tokens, targets):
         yield
 
 
+def matmul_rate(args):
+    """TFLOP/s of a large matrix product in the precision of --amp: the most that could be had."""
+    size = 8192 if args.device.startswith("cuda") else 2048
+    a = torch.randn(size, size, device=args.device, dtype=fpt.PRECISIONS[args.amp])
+    for count in 5, 20:  # the first turn warms up
+        start = time.time()
+        for _ in range(count):
+            b = a @ a
+        b[0, 0].item()
+    return 2 * size ** 3 * count / (time.time() - start) / 1e12
+
+
 def side(loop, args, pipe):
     """Make as many steps as each number received says and send the seconds a step; None: send the memory."""
     cuda = args.device.startswith("cuda")
@@ -93,6 +105,7 @@ def main():
     parser = fpt.flags("speed", __doc__, demo={}, batch_size=16, pretrained=0)
     parser.add_argument("--tokens", type=int, default=64, help="tokens a sequence, of 48 numbers each")
     parser.add_argument("--rounds", type=int, default=8, help="how often both take their turn")
+    parser.add_argument("--turn", type=int, default=0, help="steps of a turn; 0: 50 on a GPU, 1 on a CPU")
     args = fpt.parse(parser)
     context = multiprocessing.get_context("spawn")
     pipes, seconds = {}, {"stock": [], "ours": []}
@@ -103,19 +116,25 @@ def main():
     for _ in range(args.rounds + 1):
         for name, pipe in pipes.items():
             try:
-                pipe.send(50 if args.device.startswith("cuda") else 1)
+                pipe.send(args.turn or (50 if args.device.startswith("cuda") else 1))
                 seconds[name].append(pipe.recv())
             except (EOFError, OSError):
                 sys.exit(f"The process of the side {name} has died, what it said stands above")
 
-    print(f"{args.batch_size} sequences of {args.tokens} tokens, {args.model}, {args.amp} on {args.device}")
-    print("| loop | s a step | samples/s | peak MiB | stock / this |\n| --- | ---: | ---: | ---: | ---: |")
+    # Frozen matrices are met twice, forward and backward: 2 FLOP an entry and a token each time.
+    width, layers = (fpt.GPT2_SIZES[args.model].get(*pair) for pair in (("n_embd", 768), ("n_layer", 12)))
+    work = 2 * 2 * layers * 12 * width ** 2 * args.batch_size * args.tokens / 1e12
+    print(f"{args.batch_size} sequences of {args.tokens} tokens, {args.model}, {args.amp} on {args.device}, "
+          f"--compile {args.compile}; a large matrix product: {matmul_rate(args):.1f} TFLOP/s")
+    print("| loop | s a step | samples/s | TFLOP/s | peak MiB | stock / this |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, times in seconds.items():
         times, stock = times[1:], seconds["stock"][1:]  # the first round warms up
         step, ratio = statistics.median(times), statistics.median(s / t for s, t in zip(stock, times))
         pipes[name].send(None)
         memory = pipes[name].recv()
-        print(f"| {name} | {step:.3f} | {args.batch_size / step:.1f} | {memory:,.0f} | {ratio:.2f} |")
+        print(f"| {name} | {step:.4f} | {args.batch_size / step:,.1f} | {work / step:.2f} | {memory:,.0f} |"
+              f" {ratio:.2f} |")
 
 
 if __name__ == "__main__":
