@@ -386,13 +386,13 @@ def test_half_batches_and_a_compiled_model_train_as_plain_ones(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_molecules_of_many_lengths_are_compiled_few_times_and_train_as_plain_ones(tmp_path, monkeypatch, device):
+def test_molecules_of_many_lengths_are_compiled_few_times(tmp_path, monkeypatch, device):
     if device == "cpu":
         without = functools.partialmethod(nn.Module.compile, backend="aot_eager")
         monkeypatch.setattr(nn.Module, "compile", without)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    argv = "--demo", 1, "--steps", 20, "--eval_every", 20, "--batch_size", 8, "--device", device, "--amp", "fp32"
+    argv = "--demo 1 --steps 20 --eval_every 20 --batch_size 8 --amp fp32 --device".split() + [device]
     plain, compiled = (run_main("train_cyp3a4", *argv, "--compile", compile, "--out", tmp_path / str(compile))
                        for compile in (0, 1))
     assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-2)
@@ -469,7 +469,7 @@ def silent_toy(*argv):
 
 def forked(*argv, kill_after=None):
     """Run the toy in a process of its own, killed after so many seconds. Returns its exit code."""
-    context = multiprocessing.get_context("forkserver")  # its processes have never seen a GPU: this one may have
+    context = multiprocessing.get_context("forkserver")  # its processes have seen no GPU, this one may have
     context.set_forkserver_preload(["test_all"])
     process = context.Process(target=silent_toy, args=("--model", folder("gpt2"), *argv))
     process.start()
