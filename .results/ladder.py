@@ -387,7 +387,7 @@ def main():
         return draw(losses) if losses else None
     while runs := missing(args, finished()):
         if not any(train(*run) for run in runs):  # stops at the first that it could make, then looks again
-            time.sleep(10)  # the other processes are at all of them
+            time.sleep(2)  # the other processes are at all of them
 
 
 if __name__ == "__main__":
