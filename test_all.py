@@ -523,6 +523,16 @@ def test_a_signal_ends_a_run_and_the_printed_command_goes_on_as_it_was(tmp_path,
     assert outcome(tmp_path / "a cut") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, device):
+    argv = "--amp", "fp16", "--eval_every", 10, "--noise", 0.5, "--device", device
+    whole = toy("--out", tmp_path / "whole", *argv)
+    stopped(3, toy, "--out", tmp_path / "cut", *argv)
+    resumed = toy("--out", tmp_path / "cut", "--resume", 1, "--device", device)
+    for name in "step", "test_loss", "test_accuracy":
+        assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
+
+
 def test_last_pt_alone_goes_on_with_a_model_folder_that_has_moved(tmp_path, monkeypatch):
     model, out = shutil.copytree(folder("gpt2"), tmp_path / "model"), tmp_path / "run"
     stopped(3, toy, "--eval_every", 10, "--model", model, "--out", out)
