@@ -22,6 +22,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -566,7 +567,8 @@ def go_on(args):
     script = f"train_{args.task}.py"
     if sys.argv[0].endswith(script):  # in a notebook it is the kernel
         script = sys.argv[0]
-    return f"{start} " + shlex.join([script, "--resume", "1", "--out", args.out, "--data", args.data])
+    flags_again = ["--resume", "1", "--out", args.out, "--data", args.data] + ["--test", "0"] * (not args.test)
+    return f"{start} " + shlex.join([script, *flags_again])
 
 
 def claim(args):
@@ -614,24 +616,31 @@ def run(parser, main):
             shared = [args.out]
             dist.broadcast_object_list(shared)
             args.out = shared[0]
+            if args.out and not (Path(args.out) / "flags.json").exists():
+                sys.exit(f"--out {args.out} must be a folder that all machines share")
             if LOCAL_RANK:
                 dist.barrier()  # until the first process of this machine has downloaded and decoded
         return main(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        error.__traceback__ = None  # a notebook would keep it, and with it the model in the GPU's memory
         print(f"\nStopped. Go on with\n  {go_on(args)}" if folder else "\nStopped.", file=sys.stderr)
         sys.exit(130)
     except SystemExit:
         if folder and not args.resume and not (Path(args.out) / "log.jsonl").exists():
             (Path(args.out) / "flags.json").unlink()  # it failed before it trained: the folder is free again
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        full = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA's words, the CPU's, cuBLAS's
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
+            raise
+        error.__traceback__ = None
         sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({one_line(error)})")
     except OSError as error:  # a full disk, a folder that may not be written, a server that is gone
         sys.exit(f"{type(error).__name__}: {one_line(error)}")
     finally:
         if folder:
             folder.close()
-        if dist.is_initialized():
+        if dist.is_initialized() and not sys.exc_info()[0]:  # NCCL waits for processes, failed ones too
             dist.destroy_process_group()
 
 
@@ -734,7 +743,7 @@ def parse(parser):
     if saved and saved["task"] != args.task:
         sys.exit(f"{args.eval or args.out} belongs to the task {saved['task']}, not to {args.task}")
     of_the_run = {name: value for name, value in saved.items()
-                  if name not in OF_THIS_CALL and not (args.eval and name == "amp")}
+                  if name not in OF_THIS_CALL and not (args.eval and name in ("amp", "batch_size"))}
     preset = (parser.demo if args.demo else {}) | of_the_run
     args = parser.parse_args(argv, argparse.Namespace(**preset))
     changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in of_the_run.items()
@@ -747,17 +756,19 @@ def parse(parser):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and WORLD > 1:
         args.device = f"cuda:{LOCAL_RANK}"
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device}: cpu or cuda")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        sys.exit(f"--device {args.device} is not there, --device cpu always is ({one_line(error)})")
+        sys.exit(f"--device {args.device} cannot be used, --device cpu always can ({one_line(error)})")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     if args.amp == "auto" and args.device.startswith("cuda"):
         # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif args.amp == "auto":
-        cpu = torch.cpu.get_capabilities()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
         args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
 
     # Flags that have no effect or cannot be met.
@@ -770,8 +781,9 @@ def parse(parser):
         parser.error("--init_std is the scale of random weights: --pretrained 0")
     if args.batch_size % WORLD:
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {WORLD}, the processes")
-    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        parser.error("--compile 1 needs a C++ compiler, which is not installed")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if args.compile and not (headers and any(map(shutil.which, ("c++", "g++", "clang++")))):
+        parser.error("--compile 1 needs a C++ compiler and Python's headers, install g++ and python3-dev")
     if args.demo:
         print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
     return args

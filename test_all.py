@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import threading
@@ -56,9 +57,10 @@ DATA = f"{TEMPORARY.name}/data"
 SHARED = HERE.parent / "shared" / "data"  # the real files, where they are at hand
 CLOSED = "http://127.0.0.1:9/"
 SCRIPTS = ["train_cifar", "train_speech", "train_cyp3a4", "train_mnist_add"]
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
-COMPILE = pytest.param(["--compile", 1], marks=pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"))
+GPU = pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++")))
+                              or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+                              reason="no C++ compiler or no headers of Python")
 
 BLOCKS = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
               initializer_range=0.2)
@@ -371,7 +373,9 @@ def test_skipped_fp16_steps_are_counted(tmp_path, monkeypatch, device):
     assert 3 < first < 40 and first <= second < 45
 
 
-@pytest.mark.parametrize("argv", [["--accumulate", 2, "--batch_size", 8], COMPILE], ids=["halves", "compile"])
+@pytest.mark.parametrize("argv", [
+    ["--accumulate", 2, "--batch_size", 8], pytest.param(["--compile", 1], marks=COMPILER)],
+    ids=["halves", "compile"])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_half_batches_and_a_compiled_model_train_as_plain_ones(tmp_path, monkeypatch, device, argv):
     if device == "cpu":  # all of torch.compile but the C++ compiler, which takes a minute
@@ -385,6 +389,7 @@ def test_half_batches_and_a_compiled_model_train_as_plain_ones(tmp_path, monkeyp
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@COMPILER
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_molecules_of_many_lengths_are_compiled_few_times(tmp_path, monkeypatch, device):
     if device == "cpu":
@@ -510,7 +515,7 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
 
 @pytest.mark.parametrize("at, number", [(1, signal.SIGINT), (3, signal.SIGINT), (3, signal.SIGTERM)])
 def test_a_signal_ends_a_run_and_the_printed_command_goes_on_as_it_was(tmp_path, capsys, at, number):
-    argv = ["--noise", 0.5, "--eval_every", 10, "--lr", 0.02, "--seed", 5, "--data", "my data"]
+    argv = ["--noise", 0.5, "--eval_every", 10, "--lr", 0.02, "--seed", 5, "--data", "my data", "--test", 0]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     toy(*argv, "--out", tmp_path / "whole")
     code = stopped(at, toy, *argv, "--out", tmp_path / "a cut",
@@ -1158,7 +1163,10 @@ WORLD = {  # what else is wrong
     "no GPU": lambda patch: torch.cuda.is_available() and pytest.skip("there is a GPU"),
     "no wandb": lambda patch: patch.setitem(sys.modules, "wandb", None),
     "no login": lambda patch: patch.setattr("wandb.init", raises(RuntimeError("No API key\nconfigured"))),
-    "GPU full": lambda patch: patch.setattr(fpt.FPT, "forward", raises(torch.OutOfMemoryError("CUDA"))),
+    "GPU full": lambda patch: patch.setattr(fpt.FPT, "forward", raises(
+        torch.OutOfMemoryError("CUDA out of memory"))),
+    "memory full": lambda patch: patch.setattr(fpt.FPT, "forward", raises(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"))),
     "full for NumPy": lambda patch: patch.setattr(fpt.FPT, "forward", lambda *_: np.empty(10**15))}
 BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anything), what else is wrong
     *[("cifar", flag, 2, flag.replace(" ", ": ") + " is not") for flag in (
@@ -1178,9 +1186,10 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--eval best.pt --resume 1", 2, "choose one"),
     ("cifar", "--resume 1", 2, "--resume 1 needs ... --out"),
     ("cifar", "--compile 1", 2, "--compile 1 needs a C++ compiler", "no compiler"),
-    ("cifar", "--device abacus", 1, "--device abacus is not there, --device cpu"),
-    ("cifar", "--device cuda", 1, "--device cuda is not there, --device cpu", "no GPU"),
-    ("cifar", "--device meta", 1, "--device meta is not there, --device cpu"),
+    ("cifar", "--device abacus", 2, "--device abacus: cpu or cuda"),
+    ("cifar", "--device cuda", 1, "--device cuda cannot be used, --device cpu", "no GPU"),
+    ("cifar", "--device mps", 2, "--device mps: cpu or cuda"),
+    ("cifar", "--device cuda:99", 1, "--device cuda:99 cannot be used, --device cpu"),
     ("cifar", "--layers 3", 1, "it has 2 blocks, --layers asks for 3"),
     ("cifar", "--pretrained 0 --model gpt2 --layers 13", 1, "it has 12 blocks, --layers asks for 13"),
     ("cifar", "--model /no/folder", 1, "Cannot load --model /no/folder: ... --pretrained 0 needs no weights"),
@@ -1210,7 +1219,7 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("toy", "--wandb x", 1, "--wandb ... pip install wandb", "no wandb"),
     ("toy", "--wandb x", 1, "--wandb ... No API key configured ... WANDB_MODE=offline", "no login"),
     *[("toy", "", 1, "Out of memory: halve --batch_size and double --accumulate", where) for where in (
-        "GPU full", "full for NumPy")]]
+        "GPU full", "memory full", "full for NumPy")]]
 
 
 @pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: " ".join([*case[:2], *case[4:]]))
