@@ -567,8 +567,8 @@ def go_on(args):
     script = f"train_{args.task}.py"
     if sys.argv[0].endswith(script):  # in a notebook it is the kernel
         script = sys.argv[0]
-    flags_again = ["--resume", "1", "--out", args.out, "--data", args.data] + ["--test", "0"] * (not args.test)
-    return f"{start} " + shlex.join([script, *flags_again])
+    words = [script, "--resume", "1", "--out", args.out, "--data", args.data]
+    return f"{start} " + shlex.join(words + ["--test", "0"] * (not args.test))
 
 
 def claim(args):
