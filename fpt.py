@@ -58,8 +58,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         # Causal attention: a token reads from itself and from the tokens before it.
-        heads = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, width / heads]
+        parts = self.attn.c_attn(self.ln_1(x)).chunk(3, dim=2)
+        # Each [batch, heads, time, width / heads].
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         if x.is_cuda:
             read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:  # on a CPU in bf16 the backward pass of the fused kernel makes a step 1.6 times as long
