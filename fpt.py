@@ -227,7 +227,7 @@ def load_core(args):
             model = AutoModel.from_config(config, **how)
     except Exception as error:  # a silent hub, a broken file, a quantised model: any kind of error
         hint = ". --pretrained 0 needs no weights" if args.pretrained else ""
-        sys.exit(f"Cannot load --model {args.model}: {one_line(error)}{hint}")
+        sys.exit(f"Cannot load --model {args.model}: {one_line(error).rstrip('.')}{hint}")
 
     core = GPT2(config, layers) if kind == "gpt2" else OtherCore(model, layers)
     if args.pretrained and kind == "gpt2":
@@ -573,12 +573,13 @@ def go_on(args):
 
 
 def claim(args):
-    """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ... Sets args.out.
+    """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ..., for a demo
+    runs/<task>-demo, ... Sets args.out.
 
     The flags are kept there, for a run that is stopped before its first checkpoint. Returns an open file, the
     lock on which keeps a second process out of the folder and ends with this process.
     """
-    free_names = (f"runs/{args.task}" + f"-{i}" * (i > 1) for i in itertools.count(1))
+    free_names = (f"runs/{args.task}" + "-demo" * args.demo + f"-{i}" * (i > 1) for i in itertools.count(1))
     for name in [args.out] if args.out else free_names:
         out = Path(name)
         out.mkdir(parents=True, exist_ok=True)

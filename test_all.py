@@ -1068,7 +1068,7 @@ def test_each_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(tmp_pa
     printed = {script: process.communicate(timeout=300)[0] for script, process in processes.items()}
     for script in SCRIPTS:
         assert processes[script].returncode == 0 and "DEMO: the data is generated" in printed[script], printed
-        *rows, last = log_lines(tmp_path / script / "runs" / script.removeprefix("train_"))
+        *rows, last = log_lines(tmp_path / script / "runs" / f"{script.removeprefix('train_')}-demo")
         assert last["test_accuracy"] > last["test_dummy_accuracy"] + 0.25
         assert [last[flag] for flag in ("demo", "pretrained", "layers")] == [1, 0, 2]
         assert last["steps"] == rows[-1]["step"]
