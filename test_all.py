@@ -1222,6 +1222,12 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
         "GPU full", "memory full", "full for NumPy")]]
 
 
+def test_an_error_of_the_code_is_not_called_out_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fpt.FPT, "forward", raises(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        toy("--out", tmp_path)
+
+
 @pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: " ".join([*case[:2], *case[4:]]))
 def test_bad_input(case, tmp_path, monkeypatch, capsys):
     script, argv, code, says, *wrong = case
