@@ -745,11 +745,13 @@ def parse(parser):
     if saved and saved["task"] != args.task:
         sys.exit(f"{args.eval or args.out} belongs to the task {saved['task']}, not to {args.task}")
     of_the_run = {name: value for name, value in saved.items()
-                  if name not in OF_THIS_CALL and not (args.eval and name in ("amp", "batch_size"))}
+                  if name not in OF_THIS_CALL and not (args.eval and name == "amp")}
     preset = (parser.demo if args.demo else {}) | of_the_run
     args = parser.parse_args(argv, argparse.Namespace(**preset))
+    # The model's folder may move, its weights are compared. An evaluation may have less memory.
+    may_change = ["model", "batch_size"] if args.eval else ["model"]
     changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in of_the_run.items()
-               if getattr(args, name) != value and name != "model"]  # it may move; its weights are compared
+               if getattr(args, name) != value and name not in may_change]
     if changed:
         sys.exit(f"{args.eval or args.out} is of a run with other flags, leave out {', '.join(changed)}")
 

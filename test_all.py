@@ -343,7 +343,7 @@ def test_eval_gives_the_same_figures_writes_nothing_and_moves_to_the_cpu(tmp_pat
     evaluated = toy("--eval", tmp_path / "run" / "best.pt", "--out", tmp_path / "new", "--device", device)
     assert evaluated.items() <= trained.items() and "test_loss" in evaluated
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    moved = toy("--eval", tmp_path / "run" / "best.pt", "--device", "cpu")
+    moved = toy("--eval", tmp_path / "run" / "best.pt", "--device", "cpu", "--batch_size", 7)
     assert moved["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-4)
 
 
