@@ -328,7 +328,7 @@ def table(done):
 
 
 def draw(losses):
-    """Write ladder.svg: a row of panels for each task, in it one for each core, in it the rungs.
+    """Write ladder.svg: a row of panels for each task that all cores have, in it one a core, in it the rungs.
 
     A dot is a seed, a bar their mean. Yellow: the core was pretrained on the task's modality.
     """
@@ -337,7 +337,7 @@ def draw(losses):
     import matplotlib.pyplot as plt
     plt.rcParams |= {"font.size": 15, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
     rungs = [rung for rung in RUNGS[1:5] if any(key[2] == rung for key in losses)]
-    tasks = [task for task in TASKS if any(key[1] == task for key in losses)]
+    tasks = [task for task in TASKS if {key[0] for key in losses if key[1] == task} == set(CORES)]
     figure, axes = plt.subplots(len(tasks), len(CORES), figsize=(13, 4 * len(tasks) + 1), sharey="row",
                                 squeeze=False)
     for (i, task), (j, (core, (_, home))) in itertools.product(enumerate(tasks), enumerate(CORES.items())):
