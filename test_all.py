@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 import wave
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -1220,6 +1221,19 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("toy", "--wandb x", 1, "--wandb ... No API key configured ... WANDB_MODE=offline", "no login"),
     *[("toy", "", 1, "Out of memory: halve --batch_size and double --accumulate", where) for where in (
         "GPU full", "memory full", "full for NumPy")]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_run_that_ends_early_keeps_no_model_in_memory(error, tmp_path):
+    def main(args):
+        model = nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        raise error
+
+    models = []
+    with pytest.raises(SystemExit):  # kept, with its traceback, as notebooks do
+        fpt.run(toy_parser("--out", tmp_path), main)
+    assert models[0]() is None
 
 
 def test_an_error_of_the_code_is_not_called_out_of_memory(tmp_path, monkeypatch):
