@@ -108,8 +108,6 @@ def speech_commands(folder, demo=False):
     root, archive = folder / "SpeechCommands/speech_commands_v0.02", folder / "speech_commands_v0.02.tar.gz"
     with one_line_exit(f"Put {archive.name} into {folder}, or its folders into {root}; {OR_DEMO}"):
         if not root.exists():
-            if not hasattr(tarfile, "data_filter"):
-                raise SystemExit(f"Take Python 3.10.12, 3.11.4 or newer, or unpack {archive} into {root}")
             folder.mkdir(parents=True, exist_ok=True)
             if not archive.exists():
                 torch.hub.download_url_to_file(SPEECH_URL, str(archive), SPEECH_SHA256)
@@ -305,11 +303,8 @@ def cached(path, make, *args):
         with one_line_exit(f"Delete {path}, it will be made anew; it cannot be read"), np.load(path) as file:
             return dict(file)
     arrays = make(*args)
-    try:
-        with made_aside(path) as new:
-            np.savez(new, **arrays)
-    except OSError as error:
-        print(f"Going on without a cache: {error}")
+    with made_aside(path) as new:
+        np.savez(new, **arrays)
     return arrays
 
 

@@ -11,18 +11,14 @@ what the train_*.py share. From top to bottom: GPT-2, the FPT around it, its wei
 training loop, checkpoints, processes and folders, flags.
 """
 import argparse
-import fcntl
 import inspect
-import io
 import itertools
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
-import sysconfig
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -387,11 +383,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
 
     def evaluate(split):
         order = torch.arange(sizes[split])  # all of them in every process, so that all of these agree
-        if split == "validation" and args.eval_examples:  # a random part, as some lists are sorted by class
-            generator = torch.Generator().manual_seed(0)
-            order = torch.randperm(len(order), generator=generator)[:args.eval_examples]
         if all_lengths[split] is not None:  # like lengths together
-            order = order[all_lengths[split][order].argsort(stable=True)]
+            order = all_lengths[split].argsort(stable=True)
         outputs, targets = infer(args, model, batch, split, order)
         figures = {"loss": loss_fn(outputs, targets).item(),
                    "accuracy": (predict(outputs) == targets).float().mean().item(),
@@ -410,6 +403,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         return report(args.eval)
 
     # Begin, or go on from the last checkpoint.
+    take_folder(args)
     out = Path(args.out)
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")  # else does nothing
@@ -424,6 +418,21 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         scaler.load_state_dict(last["scaler"])
     if args.resume:
         print(f"Going on after step {done}")
+    wandb = None
+    if args.wandb and RANK == 0:  # a resumed run goes on in the same W&B run, as its id is one of our flags
+        import wandb
+        wandb.init(project=args.wandb, dir=args.out, config=vars(args), id=args.wandb_id, resume="allow")
+
+    def save_checkpoint(step, better):
+        state = {"flags": vars(args), "fingerprint": model.fingerprint, "step": step,
+                 "trained": {name: parameter.detach() for name, parameter in trained.items()}}
+        if better:
+            save(state, out / "best.pt")
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows}
+        save(state, out / "last.pt")
+
+    if RANK == 0 and done == 0:
+        save_checkpoint(0, better=False)  # keeps the flags of a run that is stopped before it evaluates
     # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -473,8 +482,6 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
                "train_loss_final": losses[-1], "train_accuracy": sum(accuracies) / len(accuracies),
                **evaluate("validation"), "train_seconds": end - start}
         row["evaluation_seconds"] = time.time() - end
-        if args.amp == "fp16":  # the optimizer counts the steps it made, the others overflowed
-            row["skipped_steps"] = step - int(max(state["step"] for state in optimizer.state.values()))
         if not math.isfinite(row["train_loss"]) or row["validation_loss"] is None:
             sys.exit(f"The loss is no number any more before step {step}: try a smaller --lr, or --amp fp32"
                      + f". The last good checkpoint is {out}/last.pt" * bool(rows))
@@ -484,44 +491,30 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         rows.append(row)
         print_table(row)
         log.write(json.dumps(row) + "\n")
-        if args.wandb and RANK == 0:
-            sys.modules["wandb"].log(row, step=step)
+        if wandb:
+            wandb.log(row, step=step)
 
         # Save.
-        state = {"flags": vars(args), "fingerprint": model.fingerprint, "step": step,
-                 "trained": {name: parameter.detach() for name, parameter in trained.items()}}
-        if RANK == 0 and better:
-            save(state, out / "best.pt")
         if RANK == 0:
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows}
-            save(state, out / "last.pt")
+            save_checkpoint(step, better)
         history, start = [], time.time()
 
     # Test.
     if WORLD > 1:
         dist.barrier()  # best.pt is written
-    best = out / "best.pt"
-    if not best.exists():
-        print(f"{best} is gone: the last checkpoint is tested instead of the best one")
-        best = out / "last.pt"
-    result = report(best) | vars(args)
+    result = report(out / "best.pt") | vars(args)
     log.write(json.dumps(result) + "\n")
     if RANK == 0:
         save(load_checkpoint(out / "last.pt") | {"result": result}, out / "last.pt")
-    if args.wandb and RANK == 0:
-        sys.modules["wandb"].summary.update(result)
+    if wandb:
+        wandb.summary.update(result)
     return result
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 def save(checkpoint, path):
-    """Write aside, flush, rename: killed at any instant, this leaves the old file or the new one, whole."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)  # to memory first, because on a full disk torch.save hides the reason
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    """Write aside, then rename: killed at any instant, this leaves the old file or the new one, whole."""
+    torch.save(checkpoint, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -557,9 +550,51 @@ def print_prediction(args, model, classes, tokens):
 
 # ---- Processes and folders -----------------------------------------------------------------------
 # torchrun says which of how many processes this is, and which one on this machine.
-LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
-RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) if LAUNCHED else alone
-                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if "LOCAL_RANK" in os.environ:
+    RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def run(parser, main):
+    """Parse the flags and call main(args), in as many processes as torchrun started."""
+    args = parse(parser)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    if WORLD > 1:
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # one process prints
+        backend = "nccl" if args.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a download may take as long
+        if LOCAL_RANK:
+            dist.barrier()  # until the first process of this machine has downloaded and decoded
+    try:
+        result = main(args)
+    except KeyboardInterrupt:
+        begun = not args.eval and args.out and (Path(args.out) / "last.pt").exists()
+        print(f"\nStopped. Go on with\n  {go_on(args)}" if begun else "\nStopped.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # a folder that may not be written, a server that is gone
+        sys.exit(f"{type(error).__name__}: {one_line(error)}")
+    if WORLD > 1:
+        dist.destroy_process_group()
+    return result
+
+
+def take_folder(args):
+    """Make the run's folder: --out, or the first new one of runs/<task>, runs/<task>-2, ..., for a demo
+    runs/<task>-demo, ... Sets args.out."""
+    names = (f"runs/{args.task}" + "-demo" * args.demo + f"-{i}" * (i > 1) for i in itertools.count(1))
+    while RANK == 0 and not args.out:
+        name = next(names)
+        try:
+            Path(name).mkdir(parents=True)  # of runs that start at once only one can
+            args.out = name
+        except FileExistsError:
+            pass
+    if WORLD > 1:
+        shared = [args.out]
+        dist.broadcast_object_list(shared)
+        args.out = shared[0]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
 
 
 def go_on(args):
@@ -568,91 +603,7 @@ def go_on(args):
     script = f"train_{args.task}.py"
     if sys.argv[0].endswith(script):  # in a notebook it is the kernel
         script = sys.argv[0]
-    words = [script, "--resume", "1", "--out", args.out, "--data", args.data]
-    return f"{start} " + shlex.join(words + ["--test", "0"] * (not args.test))
-
-
-def claim(args):
-    """Take the run's folder: --out, or the first free one of runs/<task>, runs/<task>-2, ..., for a demo
-    runs/<task>-demo, ... Sets args.out.
-
-    The flags are kept there, for a run that is stopped before its first checkpoint. Returns an open file, the
-    lock on which keeps a second process out of the folder and ends with this process.
-    """
-    free_names = (f"runs/{args.task}" + "-demo" * args.demo + f"-{i}" * (i > 1) for i in itertools.count(1))
-    for name in [args.out] if args.out else free_names:
-        out = Path(name)
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / "lock", "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A named folder is free until its first checkpoint; a run without --out never takes a begun one.
-            if args.resume or not (out / ("last.pt" if args.out else "flags.json")).exists():
-                break
-            problem = f"it holds a run; --resume 1 --out {shlex.quote(name)} goes on with it"
-        except BlockingIOError:
-            problem = "another process is training there"
-        file.close()
-        if args.out:
-            sys.exit(f"--out {name} is taken: {problem}")
-    args.out = name
-    (out / "flags.tmp").write_text(json.dumps(vars(args)))
-    os.replace(out / "flags.tmp", out / "flags.json")
-    return file
-
-
-def run(parser, main):
-    """Parse the flags and call main(args). What a user can mend ends as one line, not as a traceback."""
-    args, folder = parse(parser), None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    try:
-        if RANK == 0 and not args.eval:
-            folder = claim(args)
-            if args.wandb:
-                start_wandb(args)
-        if WORLD > 1:
-            if RANK:
-                sys.stdout = open(os.devnull, "w")  # one process prints
-            backend = "nccl" if args.device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))  # a download may take as long
-            shared = [args.out]
-            dist.broadcast_object_list(shared)
-            args.out = shared[0]
-            if args.out and not (Path(args.out) / "flags.json").exists():
-                sys.exit(f"--out {args.out} must be a folder that all machines share")
-            if LOCAL_RANK:
-                dist.barrier()  # until the first process of this machine has downloaded and decoded
-        return main(args)
-    except KeyboardInterrupt as error:
-        error.__traceback__ = None  # a notebook would keep it, and with it the model in the GPU's memory
-        print(f"\nStopped. Go on with\n  {go_on(args)}" if folder else "\nStopped.", file=sys.stderr)
-        sys.exit(130)
-    except SystemExit:
-        if folder and not args.resume and not (Path(args.out) / "log.jsonl").exists():
-            (Path(args.out) / "flags.json").unlink()  # it failed before it trained: the folder is free again
-        raise
-    except (MemoryError, RuntimeError) as error:
-        full = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA's words, the CPU's, cuBLAS's
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
-            raise
-        error.__traceback__ = None
-        sys.exit(f"Out of memory: halve --batch_size and double --accumulate ({one_line(error)})")
-    except OSError as error:  # a full disk, a folder that may not be written, a server that is gone
-        sys.exit(f"{type(error).__name__}: {one_line(error)}")
-    finally:
-        if folder:
-            folder.close()
-        if dist.is_initialized() and not sys.exc_info()[0]:  # NCCL waits for processes, failed ones too
-            dist.destroy_process_group()
-
-
-def start_wandb(args):
-    """A Weights & Biases run. Its id is one of our flags, so a resumed run goes on in it."""
-    try:
-        import wandb
-        wandb.init(project=args.wandb, dir=args.out, config=vars(args), id=args.wandb_id, resume="allow")
-    except Exception as error:  # not installed, no login, no network
-        sys.exit(f"--wandb: {one_line(error)}; pip install wandb, and WANDB_MODE=offline needs no account")
+    return f"{start} " + shlex.join([script, "--resume", "1", "--out", args.out])
 
 
 def one_line(error):
@@ -661,7 +612,7 @@ def one_line(error):
 
 # ---- Flags ---------------------------------------------------------------------------------------
 # These belong to a machine or to one call, not to a run.
-OF_THIS_CALL = {"data", "out", "device", "compile", "resume", "eval", "predict", "test", "wandb"}
+OF_THIS_CALL = {"out", "device", "compile", "resume", "eval", "predict", "wandb"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -708,7 +659,6 @@ def flags(task, doc, demo, **defaults):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation")
     add = parser.add_argument_group("evaluation and files").add_argument
     add("--eval_every", type=number(int, 1), default=250, help="gradient steps between evaluations")
-    add("--eval_examples", type=number(int, 0), default=0, help="validation examples to read; 0: all")
     add("--test", **switch, default=1, help="0: leave the test split closed")
     add("--data", default="data", help="folder of the data sets")
     add("--out", help="folder of the run; None: the next free runs/<task>")
@@ -725,35 +675,29 @@ def parse(parser):
     """Parse the command line on top of the flags of the checkpoint, if there is one. Returns a Namespace."""
     argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # a notebook's own are the kernel's
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == "":  # what an unset shell variable gives
-            parser.error(f"--{name} is empty")
     if args.predict and not args.eval:
         parser.error("--predict needs the checkpoint that shall predict: --eval PATH")
-    if args.eval and args.resume:
-        parser.error("--eval evaluates, --resume 1 trains: choose one")
     if args.resume and not args.out:
         parser.error("--resume 1 needs the folder of the run: --out")
 
-    # A checkpoint brings the flags of its run. flags.json has those of a run that has no checkpoint yet.
-    saved = {}
-    last, begun = (Path(args.out or ".") / name for name in ("last.pt", "flags.json"))
-    if args.eval or args.resume and last.exists():
-        saved = load_checkpoint(args.eval or last)["flags"]
-    elif args.resume and begun.exists():
-        saved = json.loads(begun.read_text())
+    # A checkpoint brings the flags of its run.
+    last = Path(args.out or "") / "last.pt"
+    path = args.eval or last
+    saved = load_checkpoint(path)["flags"] if args.eval or args.resume and last.exists() else {}
     if saved and saved["task"] != args.task:
-        sys.exit(f"{args.eval or args.out} belongs to the task {saved['task']}, not to {args.task}")
-    of_the_run = {name: value for name, value in saved.items()
-                  if name not in OF_THIS_CALL and not (args.eval and name == "amp")}
+        sys.exit(f"{path} belongs to the task {saved['task']}, not to {args.task}")
+    if args.out and last.with_name("best.pt").exists() and not (args.resume or args.eval):
+        sys.exit(f"--out {args.out} holds a run: choose another folder, or go on with it by --resume 1")
+    of_another_call = OF_THIS_CALL | ({"amp", "data", "test"} if args.eval else set())
+    of_the_run = {name: value for name, value in saved.items() if name not in of_another_call}
     preset = (parser.demo if args.demo else {}) | of_the_run
     args = parser.parse_args(argv, argparse.Namespace(**preset))
-    # The model's folder may move, its weights are compared. An evaluation may have less memory.
-    may_change = ["model", "batch_size"] if args.eval else ["model"]
+    # Folders may move, as the weights in them are compared. An evaluation may have less memory.
+    may_change = {"model", "data", "test"} | ({"batch_size"} if args.eval else set())
     changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in of_the_run.items()
                if getattr(args, name) != value and name not in may_change]
     if changed:
-        sys.exit(f"{args.eval or args.out} is of a run with other flags, leave out {', '.join(changed)}")
+        sys.exit(f"{path} is of a run with other flags, leave out {', '.join(changed)}")
 
     # What depends on the machine.
     if args.device == "auto":
@@ -785,9 +729,6 @@ def parse(parser):
         parser.error("--init_std is the scale of random weights: --pretrained 0")
     if args.batch_size % WORLD:
         parser.error(f"--batch_size {args.batch_size} must be a multiple of {WORLD}, the processes")
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    if args.compile and not (headers and any(map(shutil.which, ("c++", "g++", "clang++")))):
-        parser.error("--compile 1 needs a C++ compiler and Python's headers, install g++ and python3-dev")
     if args.demo:
         print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
     return args

@@ -30,7 +30,6 @@ import tempfile
 import threading
 import time
 import wave
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,13 +327,11 @@ def test_the_best_checkpoint_is_tested_once_and_a_tie_goes_to_the_lower_loss(tmp
     assert result["step"] == 15 and torch.equal(seen[2][1], seen[5][1])
 
 
-def test_a_part_of_validation_may_be_read_and_the_test_split_stay_closed(tmp_path, monkeypatch):
+def test_the_test_split_may_stay_closed(tmp_path, monkeypatch):
     seen = spy(monkeypatch)
-    result = toy("--out", tmp_path, "--test", 0, "--eval_examples", 10, "--seed", 5)
+    result = toy("--out", tmp_path, "--test", 0)
     assert {split for split, _ in seen} == {"validation"} and not any("test_" in name for name in result)
     assert result["validation_loss"] in [row["validation_loss"] for row in log_lines(tmp_path)[:-1]]
-    part = seen[0][1].tolist()
-    assert all(order.tolist() == part for _, order in seen) and len(set(part)) == 10 and max(part) > 15
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -366,12 +363,12 @@ def test_predictions_are_float32_whatever_the_products_are(kind):
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_skipped_fp16_steps_are_counted(tmp_path, monkeypatch, device):
+def test_fp16_steps_that_overflow_are_skipped(tmp_path, monkeypatch, device):
     large = functools.partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**40)
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", large)
-    toy("--out", tmp_path, "--amp", "fp16", "--steps", 80, "--eval_every", 40, "--device", device)
-    first, second = (row["skipped_steps"] for row in log_lines(tmp_path)[:-1])
-    assert 3 < first < 40 and first <= second < 45
+    toy("--out", tmp_path, "--amp", "fp16", "--steps", 80, "--device", device)
+    states = checkpoint(tmp_path, "last.pt")["optimizer"]["state"].values()
+    assert 35 < max(state["step"] for state in states) < 77
 
 
 @pytest.mark.parametrize("argv", [
@@ -539,13 +536,11 @@ def test_a_stopped_run_goes_on_with_the_same_losses(tmp_path, device):
         assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
 
-def test_last_pt_alone_goes_on_with_a_model_folder_that_has_moved(tmp_path, monkeypatch):
-    model, out = shutil.copytree(folder("gpt2"), tmp_path / "model"), tmp_path / "run"
-    stopped(3, toy, "--eval_every", 10, "--model", model, "--out", out)
-    (out / "best.pt").unlink()
+def test_a_run_goes_on_with_a_model_folder_that_has_moved(tmp_path):
+    model = shutil.copytree(folder("gpt2"), tmp_path / "model")
+    stopped(3, toy, "--eval_every", 10, "--model", model, "--out", tmp_path / "run")
     shutil.move(model, tmp_path / "moved")
-    monkeypatch.setattr(fpt, "validation_score", lambda row: -row["step"])  # nothing better comes
-    assert toy("--resume", 1, "--out", out, "--model", tmp_path / "moved")["step"] == 40
+    assert toy("--resume", 1, "--out", tmp_path / "run", "--model", tmp_path / "moved")["steps"] == 40
 
 
 @pytest.mark.parametrize("train, other", [
@@ -557,16 +552,10 @@ def test_other_weights_than_the_runs_are_refused(tmp_path, train, other):
         toy("--eval", tmp_path / "run" / "best.pt", "--model", tmp_path / "other")
 
 
-def test_a_folder_holds_one_run_of_one_process(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # a start that fails does not count
-        patch.setitem(sys.modules, "wandb", None)
-        toy("--out", tmp_path, "--wandb", "x")
-    with fpt.claim(parse("--out", tmp_path)):
-        for resume in 0, 1:
-            with pytest.raises(SystemExit, match="is taken: another process is training there"):
-                toy("--out", tmp_path, "--resume", resume)
-    result = toy("--out", tmp_path)
-    with pytest.raises(SystemExit, match="is taken: it holds a run; --resume 1 --out"):
+def test_a_folder_holds_one_run(tmp_path, monkeypatch):
+    stopped(1, toy, "--out", tmp_path)  # before its first evaluation, so the folder is still free
+    result = toy("--out", tmp_path, "--seed", 2)
+    with pytest.raises(SystemExit, match="holds a run: choose another folder, or go on"):
         toy("--out", tmp_path)
     monkeypatch.setattr(fpt, "infer", None)  # the end of a run is not tested again
     assert toy("--resume", 1, "--out", tmp_path) == result == log_lines(tmp_path)[-1]
@@ -574,26 +563,12 @@ def test_a_folder_holds_one_run_of_one_process(tmp_path, monkeypatch):
 
 def test_runs_started_at_once_take_different_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="it has 2 blocks"):  # a start that fails takes none
+        toy("--layers", 3)
     runs = [parse() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        files = list(pool.map(fpt.claim, runs))  # a lock is of an open file, so threads will do
+        list(pool.map(fpt.take_folder, runs))
     assert sorted(args.out for args in runs) == ["runs/toy", "runs/toy-2", "runs/toy-3", "runs/toy-4"]
-    [file.close() for file in files]
-    with pytest.raises(SystemExit, match="it has 2 blocks"):  # a start that fails leaves its folder free
-        toy("--layers", 3)
-    with fpt.claim(args := parse()):  # what was begun can still be gone on with
-        assert args.out == "runs/toy-5"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
-def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(tmp_path):
-    stopped(2, toy, "--eval_every", 10, "--out", tmp_path)
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match="^OSError: .*No space left"):
-        toy("--resume", 1, "--out", tmp_path)
-    assert checkpoint(tmp_path, "last.pt")["step"] == 10
-    (tmp_path / "last.pt.tmp").unlink()
-    assert "test_loss" in toy("--resume", 1, "--out", tmp_path)
 
 
 # ---- Several processes, notebooks, Weights & Biases ----------------------------------------------
@@ -962,12 +937,6 @@ def test_bad_data_ends_with_one_line(load, prepare, says, tmp_path, monkeypatch)
         assert not (folder / "SpeechCommands" / "speech_commands_v0.02").exists()
 
 
-def test_an_old_python_is_told_before_the_download(tmp_path, monkeypatch):
-    monkeypatch.delattr(tarfile, "data_filter")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: pytest.fail("downloaded"))
-    assert "3.10.12" in ending(data.speech_commands, tmp_path)
-
-
 # ---- Generated files and caches ------------------------------------------------------------------
 def test_generated_files_and_caches_are_used_and_made_anew_when_what_goes_in_differs(tmp_path, monkeypatch):
     def kept():
@@ -1019,15 +988,6 @@ def test_a_process_that_was_faster_does_not_disturb_this_one(made, tmp_path, mon
     assert data.made_aside is made_aside  # there was another
     assert_same(splits, data.speech_commands(tmp_path, demo))
     assert not list(tmp_path.rglob("unfinished-*"))
-
-
-@pytest.mark.parametrize("full", ["os.replace", "tempfile.mkdtemp", "numpy.savez"])  # at any step
-def test_without_a_place_for_a_cache_it_goes_on(full, tmp_path, monkeypatch, capsys):
-    data.demo_folder(tmp_path, data.demo_speech)
-    monkeypatch.setattr(full, raises(OSError(28, "No space left on device")))
-    assert sizes(data.speech_commands(tmp_path, demo=True)) == [300, 48, 72]
-    assert capsys.readouterr().out.count("Going on without a cache") == 1
-    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_an_image_to_predict_is_upright_8_bit_and_on_the_given_ground(tmp_path):
@@ -1113,9 +1073,10 @@ def test_a_script_in_both_arms_evaluated_asked(script, argv, given, classes, tmp
     assert len(classes) > 10 or sum(shares) == pytest.approx(100, abs=0.1)
 
 
-def test_a_figure_that_cannot_be_computed_is_null(tmp_path):
-    run_main("train_cyp3a4", "--demo", 1, "--out", tmp_path, "--steps", 1, "--eval_examples", 1)
-    row = log_lines(tmp_path)[0]  # of one example no ranking
+def test_a_figure_that_cannot_be_computed_is_null(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cyp3a4, "auroc", lambda *_: math.nan)
+    run_main("train_cyp3a4", "--demo", 1, "--out", tmp_path, "--steps", 1)
+    row = log_lines(tmp_path)[0]
     assert row["validation_auroc"] is None and isinstance(row["validation_loss"], float)
 
 
@@ -1160,22 +1121,11 @@ MADE = {  # what a case names in braces: a file, a run, a changed copy of a mode
     "model_scaled": lambda path: change(path, scale_attn_by_inverse_layer_idx=True),
     "model_short": lambda path: change(path, n_positions=12)}
 WORLD = {  # what else is wrong
-    "no compiler": lambda patch: patch.setattr(shutil, "which", lambda name: None),
-    "no GPU": lambda patch: torch.cuda.is_available() and pytest.skip("there is a GPU"),
-    "no wandb": lambda patch: patch.setitem(sys.modules, "wandb", None),
-    "no login": lambda patch: patch.setattr("wandb.init", raises(RuntimeError("No API key\nconfigured"))),
-    "GPU full": lambda patch: patch.setattr(fpt.FPT, "forward", raises(
-        torch.OutOfMemoryError("CUDA out of memory"))),
-    "memory full": lambda patch: patch.setattr(fpt.FPT, "forward", raises(
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"))),
-    "full for NumPy": lambda patch: patch.setattr(fpt.FPT, "forward", lambda *_: np.empty(10**15))}
+    "no GPU": lambda patch: torch.cuda.is_available() and pytest.skip("there is a GPU")}
 BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anything), what else is wrong
     *[("cifar", flag, 2, flag.replace(" ", ": ") + " is not") for flag in (
         "--layers -1", "--init_std -1", "--in_scale -1", "--steps 0", "--batch_size -4", "--accumulate 0",
-        "--lr -1", "--lr nan", "--weight_decay inf", "--eval_every 0", "--eval_examples -1", "--seed -1",
-        f"--seed {10**18}")],
-    *[("cifar", f"{flag} ''", 2, f"{flag.split()[-1]} is empty") for flag in (
-        "--data", "--out", "--model", "--eval", "--device", "--wandb", "--train", "--eval a.pt --predict")],
+        "--lr -1", "--lr nan", "--weight_decay inf", "--eval_every 0", "--seed -1", f"--seed {10**18}")],
     ("mnist_add", "--n 0", 2, "--n: 0 is not"),
     ("cifar", "--steps many", 2, "--steps: invalid int value: 'many'"),
     ("cifar", "--nonsense", 2, "unrecognized arguments: --nonsense"),
@@ -1184,9 +1134,7 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--layers 0 --train in,attn", 2, "--train in,attn ... --layers 0"),
     ("cifar", "--pretrained 1 --init_std 0.1", 2, "--init_std ... --pretrained 0"),
     ("cifar", "--predict cat.png", 2, "--predict ... --eval PATH"),
-    ("cifar", "--eval best.pt --resume 1", 2, "choose one"),
     ("cifar", "--resume 1", 2, "--resume 1 needs ... --out"),
-    ("cifar", "--compile 1", 2, "--compile 1 needs a C++ compiler", "no compiler"),
     ("cifar", "--device abacus", 2, "--device abacus: cpu or cuda"),
     ("cifar", "--device cuda", 1, "--device cuda cannot be used, --device cpu", "no GPU"),
     ("cifar", "--device mps", 2, "--device mps: cpu or cuda"),
@@ -1214,32 +1162,9 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--eval {trap}", 1, "trap is no checkpoint ... UnpicklingError"),
     ("cifar", "--eval {toy_run}", 1, "toy_run is no checkpoint"),
     ("cifar", "--eval {toy_run}/best.pt", 1, "best.pt belongs to the task toy, not to cifar"),
-    ("cifar", "--resume 1 --out {toy_run}", 1, "toy_run belongs to the task toy, not to cifar"),
+    ("cifar", "--resume 1 --out {toy_run}", 1, "last.pt belongs to the task toy, not to cifar"),
     ("toy", "--eval {toy_run}/best.pt --pool last", 1, "leave out --pool last (was mean)"),
-    ("toy", "--out {file}/run", 1, "Error: ... file"),
-    ("toy", "--wandb x", 1, "--wandb ... pip install wandb", "no wandb"),
-    ("toy", "--wandb x", 1, "--wandb ... No API key configured ... WANDB_MODE=offline", "no login"),
-    *[("toy", "", 1, "Out of memory: halve --batch_size and double --accumulate", where) for where in (
-        "GPU full", "memory full", "full for NumPy")]]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_a_run_that_ends_early_keeps_no_model_in_memory(error, tmp_path):
-    def main(args):
-        model = nn.Linear(1, 1)
-        models.append(weakref.ref(model))
-        raise error
-
-    models = []
-    with pytest.raises(SystemExit):  # kept, with its traceback, as notebooks do
-        fpt.run(toy_parser("--out", tmp_path), main)
-    assert models[0]() is None
-
-
-def test_an_error_of_the_code_is_not_called_out_of_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(fpt.FPT, "forward", raises(RuntimeError("shapes do not fit")))
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        toy("--out", tmp_path)
+    ("toy", "--out {file}/run", 1, "Error: ... file")]
 
 
 @pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: " ".join([*case[:2], *case[4:]]))

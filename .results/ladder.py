@@ -15,6 +15,7 @@ everything, from the random and from the pretrained matrices. Design and hypothe
 """
 import argparse
 import contextlib
+import fcntl
 import importlib
 import itertools
 import json
@@ -152,14 +153,15 @@ def train(core, task, rung, rate, seed, steps):
     flags = f"--layers {0 if rung == 'none' else LAYERS}" + " --train all" * rung.startswith("all-")
     command = f"{TASKS[task][1]} --model {folder(core, rung, seed)} {flags} --lr {rate} --seed {seed}"
     command += f" --steps {steps} --eval_every {steps} --test 0"
-    start = time.time()
+    start, lock = time.time(), open(RUNS / f"{run_folder(run).name}.lock", "w")
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process or at the end of train()
         result = script(f"{command} --resume 1 --out {run_folder(run)}")
         names = "validation_loss", "validation_accuracy", "trainable_parameters", "amp", "device"
         figures = {name: result[name] for name in names}
+    except BlockingIOError:
+        return False
     except SystemExit as error:
-        if "another process is training there" in str(error):
-            return False
         if "The loss is no number" not in str(error):
             raise
         figures = {"validation_loss": math.inf}  # too high a rate, so it is not chosen

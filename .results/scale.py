@@ -14,7 +14,7 @@ from pathlib import Path
 
 TASKS = {
     "sums": "train_mnist_add.py --n 2 --augment 0 --steps 400 --batch_size 64",
-    "cifar": "train_cifar.py --patch_size 8 --augment 0 --steps 200 --eval_examples 2000",
+    "cifar": "train_cifar.py --patch_size 8 --augment 0 --steps 200",
     "speech": "train_speech.py --augment 0 --steps 100",
     "cyp3a4": "train_cyp3a4.py --steps 100",
 }
