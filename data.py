@@ -215,17 +215,13 @@ def molecule_ids(smiles, tokens):
 def featurise(rows, tokens):
     """[(SMILES, label)] -> the arrays of cyp3a4() for all, and split: 0 train, 1 validation, 2 test."""
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
-    ids = {smiles: molecule_ids(smiles, tokens) for smiles, _ in tqdm(rows, "featurise molecules")}
-    unreadable = [smiles for smiles in ids if ids[smiles] is None]
-    if unreadable:
-        tqdm.write(f"{len(unreadable)} SMILES that RDKit cannot read are left out: {' '.join(unreadable)}")
-    rows = [(smiles, label) for smiles, label in rows if ids[smiles] is not None]
+    ids = [molecule_ids(smiles, tokens) for smiles, _ in tqdm(rows, "featurise molecules")]
+    labels = np.array([label for _, label in rows])
     scaffolds = [MurckoScaffoldSmiles(smiles.strip(), includeChirality=False) for smiles, _ in rows]
     learn, test = scaffold_split(scaffolds, 0.8)
     _, validation = scaffold_split([scaffolds[i] for i in learn], 0.9)
     split = np.zeros(len(rows), np.int64)
     split[test], split[[learn[i] for i in validation]] = 2, 1
-    ids, labels = [ids[smiles] for smiles, _ in rows], np.array([label for _, label in rows])
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).numpy()
     return {"ids": padded, "lengths": np.array([len(one) for one in ids]), "labels": labels, "split": split}
 
@@ -262,8 +258,6 @@ def read_image(path, mode, side, ground):
     from PIL import Image, ImageOps
     with one_line_exit(f"{path} is no image that can be read"):
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
         behind = Image.new("RGBA", image.size, (ground, ground, ground, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA")).convert(mode)
         return torch.from_numpy(np.array(image.resize((side, side))))

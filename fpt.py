@@ -61,7 +61,8 @@ class Block(nn.Module):
             read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:  # on a CPU in bf16 the backward pass of the fused kernel makes a step 1.6 times as long
             future = torch.full((x.shape[1], x.shape[1]), -math.inf, dtype=query.dtype).triu(1)
-            read = (query * key.shape[3] ** -0.5 @ key.transpose(2, 3) + future).softmax(3) @ value
+            scores = (query * key.shape[3] ** -0.5) @ key.transpose(2, 3)
+            read = (scores + future).softmax(3) @ value
         x = x + self.attn.c_proj(read.transpose(1, 2).flatten(2))
         # MLP: each token is worked on alone.
         return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
@@ -139,7 +140,7 @@ class FPT(nn.Module):
         """Yields (parameter, part), part being one of PARTS."""
         for name, module in self.named_modules():
             if name in ("input", "output"):
-                part = name.removesuffix("put")
+                part = {"input": "in", "output": "out"}[name]
             elif type(module).__name__.endswith("Norm"):
                 part = "ln"
             elif isinstance(module, nn.Embedding):
@@ -295,6 +296,12 @@ class OtherCore(nn.Module):
 
 
 # ---- Pieces of the training loop -----------------------------------------------------------------
+# torchrun says which of how many processes this is, and which one on this machine.
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if "LOCAL_RANK" in os.environ:
+    RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
 def batches(size, batch_size, seed, lengths=None):
     """Yields int64 [batch_size] for ever: the examples of a batch. Each epoch has a new order; an incomplete
     last batch is dropped.
@@ -408,7 +415,7 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")  # else does nothing
     done, rows = 0, []
-    if args.resume and (out / "last.pt").exists():
+    if args.resume:
         last = load_trained(args, model, out / "last.pt")
         if "result" in last:
             print(f"{out} holds a finished run")
@@ -416,7 +423,6 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         done, rows = last["step"], last["rows"]
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-    if args.resume:
         print(f"Going on after step {done}")
     wandb = None
     if args.wandb and RANK == 0:  # a resumed run goes on in the same W&B run, as its id is one of our flags
@@ -436,9 +442,9 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
-    print("{}: {trainable_parameters:,} of {total_parameters:,} parameters are trained, in {} on {}.\n"
-          "Results go to {}/. If this is stopped, go on with\n  {}"
-          .format(args.task, args.amp, args.device, out, go_on(args), **counts))
+    print(f"{args.task}: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters"
+          f" are trained, in {args.amp} on {args.device}.\n"
+          f"Results go to {out}/. If this is stopped, go on with\n  {go_on(args)}")
     if args.compile:
         model.compile()
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -483,8 +489,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
                **evaluate("validation"), "train_seconds": end - start}
         row["evaluation_seconds"] = time.time() - end
         if not math.isfinite(row["train_loss"]) or row["validation_loss"] is None:
-            sys.exit(f"The loss is no number any more before step {step}: try a smaller --lr, or --amp fp32"
-                     + f". The last good checkpoint is {out}/last.pt" * bool(rows))
+            sys.exit(f"The loss is no number any more before step {step}: try a smaller --lr, or --amp fp32. "
+                     f"The last good checkpoint is {out}/last.pt")
 
         # Log.
         better = not rows or validation_score(row) > max(map(validation_score, rows))
@@ -549,12 +555,6 @@ def print_prediction(args, model, classes, tokens):
 
 
 # ---- Processes and folders -----------------------------------------------------------------------
-# torchrun says which of how many processes this is, and which one on this machine.
-RANK, LOCAL_RANK, WORLD = 0, 0, 1
-if "LOCAL_RANK" in os.environ:
-    RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
 def run(parser, main):
     """Parse the flags and call main(args), in as many processes as torchrun started."""
     args = parse(parser)
@@ -582,7 +582,8 @@ def run(parser, main):
 def take_folder(args):
     """Make the run's folder: --out, or the first new one of runs/<task>, runs/<task>-2, ..., for a demo
     runs/<task>-demo, ... Sets args.out."""
-    names = (f"runs/{args.task}" + "-demo" * args.demo + f"-{i}" * (i > 1) for i in itertools.count(1))
+    first = f"runs/{args.task}-demo" if args.demo else f"runs/{args.task}"
+    names = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
     while RANK == 0 and not args.out:
         name = next(names)
         try:
@@ -600,10 +601,7 @@ def take_folder(args):
 def go_on(args):
     """The command that goes on with this run."""
     start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-    script = f"train_{args.task}.py"
-    if sys.argv[0].endswith(script):  # in a notebook it is the kernel
-        script = sys.argv[0]
-    return f"{start} " + shlex.join([script, "--resume", "1", "--out", args.out])
+    return f"{start} train_{args.task}.py --resume 1 --out {shlex.quote(args.out)}"
 
 
 def one_line(error):
@@ -612,7 +610,7 @@ def one_line(error):
 
 # ---- Flags ---------------------------------------------------------------------------------------
 # These belong to a machine or to one call, not to a run.
-OF_THIS_CALL = {"out", "device", "compile", "resume", "eval", "predict", "wandb"}
+OF_THIS_CALL = {"out", "device", "compile", "resume", "eval", "predict"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -675,26 +673,26 @@ def parse(parser):
     """Parse the command line on top of the flags of the checkpoint, if there is one. Returns a Namespace."""
     argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # a notebook's own are the kernel's
     args = parser.parse_args(argv)
-    if args.predict and not args.eval:
-        parser.error("--predict needs the checkpoint that shall predict: --eval PATH")
+    if args.predict and (not args.eval or WORLD > 1):
+        parser.error("--predict needs the checkpoint that shall predict, --eval PATH, and a single process")
     if args.resume and not args.out:
         parser.error("--resume 1 needs the folder of the run: --out")
 
     # A checkpoint brings the flags of its run.
     last = Path(args.out or "") / "last.pt"
     path = args.eval or last
-    saved = load_checkpoint(path)["flags"] if args.eval or args.resume and last.exists() else {}
+    saved = load_checkpoint(path)["flags"] if args.eval or args.resume else {}
     if saved and saved["task"] != args.task:
         sys.exit(f"{path} belongs to the task {saved['task']}, not to {args.task}")
     if args.out and last.with_name("best.pt").exists() and not (args.resume or args.eval):
         sys.exit(f"--out {args.out} holds a run: choose another folder, or go on with it by --resume 1")
-    of_another_call = OF_THIS_CALL | ({"amp", "data", "test"} if args.eval else set())
-    of_the_run = {name: value for name, value in saved.items() if name not in of_another_call}
-    preset = (parser.demo if args.demo else {}) | of_the_run
+    ignored = OF_THIS_CALL | ({"amp", "data", "test"} if args.eval else set())
+    saved = {name: value for name, value in saved.items() if name not in ignored}
+    preset = (parser.demo if args.demo else {}) | saved
     args = parser.parse_args(argv, argparse.Namespace(**preset))
     # Folders may move, as the weights in them are compared. An evaluation may have less memory.
-    may_change = {"model", "data", "test"} | ({"batch_size"} if args.eval else set())
-    changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in of_the_run.items()
+    may_change = {"model", "data", "wandb"} | ({"batch_size"} if args.eval else set())
+    changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in saved.items()
                if getattr(args, name) != value and name not in may_change]
     if changed:
         sys.exit(f"{path} is of a run with other flags, leave out {', '.join(changed)}")

@@ -44,11 +44,11 @@ def shift_and_mirror(images):
 
 
 def main(args):
-    size = args.patch_size
-    model = fpt.FPT(args, inputs=3 * size * size, outputs=10, time=(32 // size) ** 2)
+    side = args.patch_size
+    model = fpt.FPT(args, inputs=3 * side * side, outputs=10, time=(32 // side) ** 2)
     if args.predict:
         image = data.read_image(args.predict, "RGB", 32, ground=255)
-        return fpt.print_prediction(args, model, CLASSES, to_tokens(image[None], size))
+        return fpt.print_prediction(args, model, CLASSES, to_tokens(image[None], side))
 
     splits = data.cifar10(args.data, args.demo)
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
@@ -61,7 +61,7 @@ def main(args):
         images = images[index]
         if split == "train" and args.augment:
             images = shift_and_mirror(images)
-        return to_tokens(images, size), None, labels[index]
+        return to_tokens(images, side), None, labels[index]
 
     return fpt.fit(args, model, batch, sizes, dummy)
 

@@ -156,7 +156,8 @@ def train(core, task, rung, rate, seed, steps):
     start, lock = time.time(), open(RUNS / f"{run_folder(run).name}.lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process or at the end of train()
-        result = script(f"{command} --resume 1 --out {run_folder(run)}")
+        resume = int((run_folder(run) / "last.pt").exists())
+        result = script(f"{command} --resume {resume} --out {run_folder(run)}")
         names = "validation_loss", "validation_accuracy", "trainable_parameters", "amp", "device"
         figures = {name: result[name] for name in names}
     except BlockingIOError:
