@@ -13,7 +13,7 @@ import random
 import tarfile
 import tempfile
 import wave
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +297,7 @@ def cached(path, make, *args):
         with one_line_exit(f"Delete {path}, it will be made anew; it cannot be read"), np.load(path) as file:
             return dict(file)
     arrays = make(*args)
-    with made_aside(path) as new:
+    with suppress(OSError), made_aside(path) as new:  # a folder that may only be read has no cache
         np.savez(new, **arrays)
     return arrays
 

@@ -298,7 +298,7 @@ class OtherCore(nn.Module):
 # ---- Pieces of the training loop -----------------------------------------------------------------
 # torchrun says which of how many processes this is, and which one on this machine.
 RANK, LOCAL_RANK, WORLD = 0, 0, 1
-if "LOCAL_RANK" in os.environ:
+if "RANK" in os.environ and "LOCAL_RANK" in os.environ:
     RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
@@ -437,8 +437,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
         state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows}
         save(state, out / "last.pt")
 
-    if RANK == 0 and done == 0:
-        save_checkpoint(0, better=False)  # keeps the flags of a run that is stopped before it evaluates
+    if RANK == 0:
+        save_checkpoint(done, better=False)  # keeps the flags of a run that is stopped before it evaluates
     # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -585,9 +585,10 @@ def take_folder(args):
     first = f"runs/{args.task}-demo" if args.demo else f"runs/{args.task}"
     names = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
     while RANK == 0 and not args.out:
+        Path("runs").mkdir(exist_ok=True)
         name = next(names)
         try:
-            Path(name).mkdir(parents=True)  # of runs that start at once only one can
+            Path(name).mkdir()  # of runs that start at once only one can
             args.out = name
         except FileExistsError:
             pass

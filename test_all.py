@@ -541,7 +541,9 @@ def test_a_run_goes_on_with_a_model_folder_that_has_moved(tmp_path):
     model = shutil.copytree(folder("gpt2"), tmp_path / "model")
     stopped(3, toy, "--eval_every", 10, "--model", model, "--out", tmp_path / "run")
     shutil.move(model, tmp_path / "moved")
-    assert toy("--resume", 1, "--out", tmp_path / "run", "--model", tmp_path / "moved")["steps"] == 40
+    again = "--resume", 1, "--out", tmp_path / "run"
+    stopped(1, toy, *again, "--model", tmp_path / "moved")  # it is remembered, before the next evaluation
+    assert toy(*again)["steps"] == 40
 
 
 @pytest.mark.parametrize("train, other", [
@@ -566,6 +568,10 @@ def test_runs_started_at_once_take_different_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="it has 2 blocks"):  # a start that fails takes none
         toy("--layers", 3)
+    Path("runs").symlink_to("nowhere")  # a drive that is not there
+    with pytest.raises(SystemExit, match="FileExistsError"):
+        toy()
+    Path("runs").unlink()
     runs = [parse() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(fpt.take_folder, runs))
@@ -987,6 +993,13 @@ def test_a_process_that_was_faster_does_not_disturb_this_one(made, tmp_path, mon
     assert data.made_aside is made_aside  # there was another
     assert_same(splits, data.speech_commands(tmp_path, demo))
     assert not list(tmp_path.rglob("unfinished-*"))
+
+
+def test_without_a_place_for_a_cache_it_goes_on(tmp_path, monkeypatch):
+    data.demo_folder(tmp_path, data.demo_speech)
+    monkeypatch.setattr("numpy.savez", raises(OSError(28, "No space left on device")))
+    assert sizes(data.speech_commands(tmp_path, demo=True)) == [300, 48, 72]
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_an_image_to_predict_is_upright_and_on_the_given_ground(tmp_path):
