@@ -313,10 +313,10 @@ def batches(size, batch_size, seed, lengths=None):
     for epoch in itertools.count():
         # Seeds are spread out, so that neighbouring ones do not share the orders of other epochs.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(size, generator=generator)
+        order = torch.randperm(size, generator=generator)[: size // batch_size * batch_size]
         if lengths is not None:
             order = torch.cat([part[lengths[part].argsort()] for part in order.split(50 * batch_size)])
-        order = order[: size // batch_size * batch_size].view(-1, batch_size)
+        order = order.view(-1, batch_size)
         if lengths is not None:
             order = order[torch.randperm(len(order), generator=generator)]
         yield from order
@@ -326,8 +326,10 @@ def adamw(args, model):
     """AdamW over what is trained. Matrices decay; norms, biases and positions do not."""
     matrices, others = [], []
     for parameter, part in model.named_parts():
-        if parameter.requires_grad:
-            (matrices if parameter.ndim >= 2 and part != "pos" else others).append(parameter)
+        if parameter.requires_grad and parameter.ndim >= 2 and part != "pos":
+            matrices.append(parameter)
+        elif parameter.requires_grad:
+            others.append(parameter)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0}]
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 

@@ -445,6 +445,8 @@ def test_batches_cover_an_epoch_and_group_lengths():
     first, second = (torch.cat([next(feed) for _ in range(10)]).tolist() for _ in "ab")
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
     assert len(next(fpt.batches(5, 10, seed=0))) == 5
+    feed = fpt.batches(95, 10, seed=0, lengths=torch.arange(95))  # what an epoch leaves out is random
+    assert max(torch.cat([next(feed) for _ in range(9)]).tolist()) > 90
     lengths = torch.randint(5, 60, (3200,), generator=torch.Generator().manual_seed(0))
     feed = fpt.batches(3200, 32, seed=0, lengths=lengths)
     epoch = [lengths[next(feed)] for _ in range(100)]
