@@ -7,7 +7,6 @@
     python train_mnist_add.py --demo 1                  # digits of a font, no download
     python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white on black
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,15 +36,6 @@ def jiggle(images):
     return F.grid_sample(images.view(-1, 1, side, side), grid, align_corners=False).view_as(images)
 
 
-def likeliest_sum(labels, n):
-    """The sum of n digits that is likeliest when digits come as often as in labels [n]."""
-    digit = np.bincount(labels, minlength=10) / len(labels)
-    sums = np.ones(1)
-    for _ in range(n):
-        sums = np.convolve(sums, digit)
-    return int(sums.argmax())
-
-
 def main(args):
     regression = args.loss != "ce"
     mean, spread = 4.5 * args.n, 2.87 * args.n ** 0.5  # of the sums; a regression predicts in these units
@@ -58,15 +48,15 @@ def main(args):
 
     splits = data.mnist(args.data, args.demo)
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    dummy = likeliest_sum(splits["train"][1], args.n)
+    # The sums of validation and test are fixed. In training each is drawn anew.
+    fixed = {split: data.sum_indices(size, args.n).to(args.device) for split, size in sizes.items()}
+    dummy = splits["train"][1][fixed["train"].cpu()].sum(1).mode().values.item()
     splits = {split: [part.to(args.device) for part in parts] for split, parts in splits.items()}
-    fixed = {split: data.sum_indices(sizes[split], args.n).to(args.device)
-             for split in ("validation", "test")}  # in training every sum is drawn anew
 
     def batch(split, index):
         images, labels = splits[split]
         index = index.to(args.device, non_blocking=True)
-        if split == "train":  # each digit leads one sum an epoch; its partners are drawn anew every time
+        if split == "train":  # each digit leads one sum an epoch; the others are drawn anew every time
             digits = torch.randint(len(images), (len(index), args.n), device=args.device)
             digits[:, 0] = index
         else:
