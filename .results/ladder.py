@@ -341,7 +341,7 @@ def draw(losses):
     plt.rcParams |= {"font.size": 15, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
     rungs = [rung for rung in RUNGS[1:5] if any(key[2] == rung for key in losses)]
     tasks = [task for task in TASKS if {key[0] for key in losses if key[1] == task} == set(CORES)]
-    figure, axes = plt.subplots(len(tasks), len(CORES), figsize=(13, 4 * len(tasks) + 1), sharey="row",
+    figure, axes = plt.subplots(len(tasks), len(CORES), figsize=(13, 3 * len(tasks) + 1), sharey="row",
                                 squeeze=False)
     for (i, task), (j, (core, (_, home))) in itertools.product(enumerate(tasks), enumerate(CORES.items())):
         axis = axes[i, j]
