@@ -10,8 +10,8 @@ A finished run is a line of .results/ladder.jsonl and is never made again. A sto
 
 Rungs: none (no block), random (every matrix of the blocks normal, 1/sqrt(width)), shuffled (the pretrained
 entries of each matrix in random order), spectrum (its singular values, random singular vectors), pretrained.
-Everything else in the blocks is the pretrained one on all of them. all-random and all-pretrained train
-everything, from the random and from the pretrained matrices. Design and hypotheses: .results/README.md.
+Everything else in the blocks is the pretrained one on all of them. all-random, all-shuffled, all-pretrained train
+everything, from these matrices. Design and hypotheses: .results/README.md.
 """
 import argparse
 import contextlib
@@ -44,7 +44,8 @@ TASKS = {"speech": ("speech", "train_speech.py", 600),
          "cifar": ("images", "train_cifar.py --patch_size 4", 1000),
          "sums": ("digits", "train_mnist_add.py --n 2", 2000),
          "cyp3a4": ("molecules", "train_cyp3a4.py", 300)}
-RUNGS = ("none", "random", "shuffled", "spectrum", "pretrained", "all-random", "all-pretrained")
+RUNGS = ("none", "random", "shuffled", "spectrum", "pretrained", "all-random", "all-shuffled",
+         "all-pretrained")
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 SEEDS = (0, 1, 2)  # of the matrices that are drawn, of the new layers and of the order of the data
 # Name, first rung, second rung. H1: they are equal. H2, H4: the first is better. H3: it is not worse.
@@ -55,8 +56,9 @@ MARGIN = 0.02  # nats that count as equal
 # Digits are images, and SMILES is text of a kind: these pairs are shown, and stand for no hypothesis.
 NEITHER = {("dinov2", "sums"), ("minilm", "cyp3a4")}
 LINES = [("none", "no block", "#000000", "--"),
-         ("all-random", "everything trained, random matrices", "#D55E00", ":"),
-         ("all-pretrained", "everything trained, pretrained", "#D55E00", "-.")]
+         ("all-random", "all trained: random", "#D55E00", ":"),
+         ("all-shuffled", "all trained: shuffled", "#CC79A7", (0, (6, 2))),
+         ("all-pretrained", "all trained: pretrained", "#009E73", "-.")]
 FOLDER, RUNS, CORE_FOLDER = Path(".results"), Path("runs/ladder"), Path("cores/ladder")
 
 
