@@ -532,7 +532,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["trained"], checkpoint["flags"]["task"], checkpoint["fingerprint"]
     except Exception as error:  # no file, a broken one, another kind of file
-        sys.exit(f"{path} is no checkpoint of this project, no best.pt or last.pt ({type(error).__name__})")
+        sys.exit(f"{path} is missing or no checkpoint of this project ({type(error).__name__})")
     return checkpoint
 
 
