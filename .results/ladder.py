@@ -354,7 +354,8 @@ def draw(losses):
                 axis.plot([x - 0.3, x + 0.3], [statistics.mean(values)] * 2, color="#0072B2", lw=2.5)
         for rung, label, colour, style in LINES:
             if values := losses.get((core, task, rung)):
-                axis.axhline(statistics.mean(values), color=colour, ls=style, lw=2, label=label)
+                mean = statistics.mean(values)
+                axis.plot([-1, len(rungs)], [mean, mean], color=colour, ls=style, lw=2, label=label)
         axis.set_xlim(-0.6, len(rungs) - 0.4)
         axis.set_xticks(range(len(rungs)), rungs if i == len(tasks) - 1 else [""] * len(rungs), rotation=25)
         axis.grid(axis="y", alpha=0.3)
