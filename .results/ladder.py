@@ -10,8 +10,8 @@ A finished run is a line of .results/ladder.jsonl and is never made again. A sto
 
 Rungs: none (no block), random (every matrix of the blocks normal, 1/sqrt(width)), shuffled (the pretrained
 entries of each matrix in random order), spectrum (its singular values, random singular vectors), pretrained.
-Everything else in the blocks is the pretrained one on all of them. all-random, all-shuffled and all-pretrained
-train everything, from these matrices. Design and hypotheses: .results/README.md.
+Everything else in the blocks is the pretrained one on all of them. all-random, all-shuffled, all-pretrained:
+everything is trained, from these matrices. Design and hypotheses: .results/README.md.
 """
 import argparse
 import contextlib
