@@ -108,6 +108,8 @@ def speech_commands(folder, demo=False):
     root, archive = folder / "SpeechCommands/speech_commands_v0.02", folder / "speech_commands_v0.02.tar.gz"
     with one_line_exit(f"Put {archive.name} into {folder}, or its folders into {root}; {OR_DEMO}"):
         if not root.exists():
+            if not hasattr(tarfile, "data_filter"):  # Debian 12 has 3.11.2
+                raise SystemExit(f"Take Python 3.10.12, 3.11.4 or newer, or unpack {archive} into {root}")
             folder.mkdir(parents=True, exist_ok=True)
             if not archive.exists():
                 torch.hub.download_url_to_file(SPEECH_URL, str(archive), SPEECH_SHA256)

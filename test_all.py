@@ -941,6 +941,12 @@ def test_bad_data_ends_with_one_line(load, prepare, says, tmp_path, monkeypatch)
         assert not (folder / "SpeechCommands" / "speech_commands_v0.02").exists()
 
 
+def test_an_old_python_is_told_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: pytest.fail("downloaded"))
+    assert "3.10.12" in ending(data.speech_commands, tmp_path)
+
+
 # ---- Generated files and caches ------------------------------------------------------------------
 def test_generated_files_and_caches_are_used_and_made_anew_when_what_goes_in_differs(tmp_path, monkeypatch):
     def kept():
