@@ -13,7 +13,7 @@ import random
 import tarfile
 import tempfile
 import wave
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -299,8 +299,11 @@ def cached(path, make, *args):
         with one_line_exit(f"Delete {path}, it will be made anew; it cannot be read"), np.load(path) as file:
             return dict(file)
     arrays = make(*args)
-    with suppress(OSError), made_aside(path) as new:  # a folder that may only be read has no cache
-        np.savez(new, **arrays)
+    try:
+        with made_aside(path) as new:
+            np.savez(new, **arrays)
+    except OSError as error:  # a folder that may only be read, a full disk
+        print(f"Going on without a cache: {error}")
     return arrays
 
 

@@ -523,8 +523,9 @@ def test_a_signal_ends_a_run_and_the_printed_command_goes_on_as_it_was(tmp_path,
                    stop=lambda: (os.kill(os.getpid(), number), time.sleep(5)))
     command = re.search("^  python train_toy.py (.*)$", capsys.readouterr().err, re.MULTILINE)[1]
     assert code == 130 and len(log_lines(tmp_path / "a cut")) == at - 1
-    with pytest.raises(SystemExit, match=r"--lr 0.01 \(was 0.02\)"):  # known even before the first evaluation
-        toy("--resume", 1, "--out", tmp_path / "a cut", "--lr", 0.01)
+    for flag, new, old in ("--lr", 0.01, 0.02), ("--test", 1, 0):  # known even before the first evaluation
+        with pytest.raises(SystemExit, match=rf"{flag} {new} \(was {old}\)"):
+            toy("--resume", 1, "--out", tmp_path / "a cut", flag, new)
     toy(*shlex.split(command))
     assert outcome(tmp_path / "a cut") == outcome(tmp_path / "whole")
 
@@ -1000,10 +1001,11 @@ def test_a_process_that_was_faster_does_not_disturb_this_one(made, tmp_path, mon
     assert not list(tmp_path.rglob("unfinished-*"))
 
 
-def test_without_a_place_for_a_cache_it_goes_on(tmp_path, monkeypatch):
+def test_without_a_place_for_a_cache_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
     data.demo_folder(tmp_path, data.demo_speech)
     monkeypatch.setattr("numpy.savez", raises(OSError(28, "No space left on device")))
     assert sizes(data.speech_commands(tmp_path, demo=True)) == [300, 48, 72]
+    assert "Going on without a cache: " in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.npz"))
 
 
