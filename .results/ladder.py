@@ -8,8 +8,9 @@
 Several processes may work side by side (OMP_NUM_THREADS=1 for a core each): they share the runs among them.
 A finished run is a line of .results/ladder.jsonl and is never made again. A stopped one begins anew.
 
-Rungs: none (no block), random (every matrix of the blocks normal, 1/sqrt(width)), shuffled (the pretrained
-entries of each matrix in random order), spectrum (its singular values, random singular vectors), pretrained.
+Rungs: none (no block), random (every matrix of the blocks normal, 1/sqrt(width)), scaled (normal with the
+standard deviation of the pretrained matrix), shuffled (its entries in random order), spectrum (its singular
+values, random singular vectors), pretrained.
 Everything else in the blocks is the pretrained one on all of them. all-random, all-shuffled, all-pretrained:
 everything is trained, from these matrices. Design and hypotheses: .results/README.md.
 """
@@ -44,8 +45,8 @@ TASKS = {"speech": ("speech", "train_speech.py", 600),
          "cifar": ("images", "train_cifar.py --patch_size 4", 1000),
          "sums": ("digits", "train_mnist_add.py --n 2", 2000),
          "cyp3a4": ("molecules", "train_cyp3a4.py", 300)}
-RUNGS = ("none", "random", "shuffled", "spectrum", "pretrained", "all-random", "all-shuffled",
-         "all-pretrained")
+RUNGS = ("none", "random", "scaled", "shuffled", "spectrum", "pretrained",
+         "all-random", "all-shuffled", "all-pretrained")
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 SEEDS = (0, 1, 2)  # of the matrices that are drawn, of the new layers and of the order of the data
 # Name, first rung, second rung. H1: they are equal. H2, H4: the first is better. H3: it is not worse.
@@ -71,8 +72,9 @@ def orthogonal(rows, columns, seed, stream):
 
 def changed(weight, rung, width, seed, stream):
     """The matrix that stands on this rung for a pretrained one: float32, the same shape."""
-    if rung == "random":
-        return fpt.normal(weight.shape, width ** -0.5, seed, stream)
+    if rung in ("random", "scaled"):
+        std = width ** -0.5 if rung == "random" else weight.std().item()
+        return fpt.normal(weight.shape, std, seed, stream)
     if rung == "shuffled":
         order = np.random.default_rng([seed, stream]).permutation(weight.numel())
         return weight.flatten()[torch.from_numpy(order)].view_as(weight)
@@ -85,7 +87,7 @@ def changed(weight, rung, width, seed, stream):
 def make_cores(names):
     """Write the folders of all rungs; those that are drawn once for every seed."""
     for name in names:
-        for rung in "pretrained", "random", "shuffled", "spectrum":
+        for rung in RUNGS[1:6]:
             for seed in SEEDS if rung != "pretrained" else (0,):
                 model = AutoModel.from_pretrained(CORES[name][0], dtype=torch.float32)
                 stack = model.encoder if name == "whisper" else model
@@ -99,7 +101,7 @@ def make_cores(names):
 
 def folder(core, rung, seed):
     rung = rung.removeprefix("all-")
-    drawn = rung in ("random", "shuffled", "spectrum")
+    drawn = rung in ("random", "scaled", "shuffled", "spectrum")
     return CORE_FOLDER / (f"{core}-{rung}-{seed}" if drawn else f"{core}-pretrained")
 
 
@@ -341,7 +343,7 @@ def draw(losses):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams |= {"font.size": 15, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
-    rungs = [rung for rung in RUNGS[1:5] if any(key[2] == rung for key in losses)]
+    rungs = [rung for rung in RUNGS[1:6] if any(key[2] == rung for key in losses)]
     tasks = [task for task in TASKS if {key[0] for key in losses if key[1] == task} == set(CORES)]
     figure, axes = plt.subplots(len(tasks), len(CORES), figsize=(13, 3 * len(tasks) + 1), sharey="row",
                                 squeeze=False)
