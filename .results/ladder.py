@@ -289,7 +289,8 @@ def contrasts(done):
             p = {"H1": max(not_worse, not_better), "H2": better, "H3": not_worse, "H4": better}[name]
             refuted = mean - half > {"H1": MARGIN, "H2": 0, "H3": MARGIN, "H4": 0}[name]
             refuted |= name == "H1" and mean + half < -MARGIN
-            beside = [difference(core, task, "pretrained", rung, done)[0] for rung in ("none", "random")]
+            beside = ["" if name == "H4" else difference(core, task, "pretrained", rung, done)[0]
+                      for rung in ("none", "random")]
             found.append((p, core, task, f"{first} - {second}", text, refuted, beside))
         holding = True
         for rank, (p, core, task, what, text, refuted, beside) in enumerate(sorted(found)):
