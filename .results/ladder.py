@@ -45,8 +45,8 @@ TASKS = {"speech": ("speech", "train_speech.py", 600),
          "cifar": ("images", "train_cifar.py --patch_size 4", 1000),
          "sums": ("digits", "train_mnist_add.py --n 2", 2000),
          "cyp3a4": ("molecules", "train_cyp3a4.py", 300)}
-RUNGS = ("none", "random", "scaled", "shuffled", "spectrum", "pretrained",
-         "all-random", "all-shuffled", "all-pretrained")
+DRAWN = ("random", "scaled", "shuffled", "spectrum")  # anew for every seed
+RUNGS = ("none", *DRAWN, "pretrained", "all-random", "all-shuffled", "all-pretrained")
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 SEEDS = (0, 1, 2)  # of the matrices that are drawn, of the new layers and of the order of the data
 # Name, first rung, second rung. H1: they are equal. H2, H4: the first is better. H3: it is not worse.
@@ -87,8 +87,8 @@ def changed(weight, rung, width, seed, stream):
 def make_cores(names):
     """Write the folders of all rungs; those that are drawn once for every seed."""
     for name in names:
-        for rung in RUNGS[1:6]:
-            for seed in SEEDS if rung != "pretrained" else (0,):
+        for rung in (*DRAWN, "pretrained"):
+            for seed in SEEDS if rung in DRAWN else (0,):
                 model = AutoModel.from_pretrained(CORES[name][0], dtype=torch.float32)
                 stack = model.encoder if name == "whisper" else model
                 blocks = next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
@@ -101,8 +101,7 @@ def make_cores(names):
 
 def folder(core, rung, seed):
     rung = rung.removeprefix("all-")
-    drawn = rung in ("random", "scaled", "shuffled", "spectrum")
-    return CORE_FOLDER / (f"{core}-{rung}-{seed}" if drawn else f"{core}-pretrained")
+    return CORE_FOLDER / (f"{core}-{rung}-{seed}" if rung in DRAWN else f"{core}-pretrained")
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -344,7 +343,7 @@ def draw(losses):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams |= {"font.size": 15, "svg.fonttype": "none", "svg.hashsalt": "ladder"}
-    rungs = [rung for rung in RUNGS[1:6] if any(key[2] == rung for key in losses)]
+    rungs = [rung for rung in (*DRAWN, "pretrained") if any(key[2] == rung for key in losses)]
     tasks = [task for task in TASKS if {key[0] for key in losses if key[1] == task} == set(CORES)]
     figure, axes = plt.subplots(len(tasks), len(CORES), figsize=(13, 3 * len(tasks) + 1), sharey="row",
                                 squeeze=False)
