@@ -54,7 +54,7 @@ HYPOTHESES = [("H1", "pretrained", "spectrum"), ("H2", "pretrained", "spectrum")
               ("H2", "pretrained", "shuffled"), ("H3", "shuffled", "pretrained"),
               ("H4", "all-pretrained", "all-random")]
 MARGIN = 0.02  # nats that count as equal
-# What is described without a test: what each step gives, and what training everything adds.
+# The differences that the texts name: what each step gives, and what training everything adds.
 PAIRS = [("random", "none"), ("scaled", "random"), ("shuffled", "scaled"), ("shuffled", "random"),
          ("pretrained", "none"), ("pretrained", "random"), ("pretrained", "shuffled"),
          ("pretrained", "spectrum"), ("all-random", "none"), ("all-pretrained", "none"),
@@ -302,8 +302,8 @@ def contrasts(done):
             print(f"| {name} | {core} | {task} | {what} | {text} | {p:.2g} | {verdict} |")
 
 
-def described(done):
-    """Print the differences of test losses that are described, with no test."""
+def differences(done):
+    """Print the differences of test losses that the texts name; the hypotheses test some of them."""
     print(f"| core | difference | {' | '.join(TASKS)} |")
     print(f"| --- | --- |{' ---: |' * len(TASKS)}")
     for core, (first, second) in itertools.product(CORES, PAIRS):
@@ -405,7 +405,7 @@ def main():
     if args.draw:
         losses = table(finished())
         contrasts(finished())
-        described(finished())
+        differences(finished())
         return draw(losses) if losses else None
     while runs := missing(args, finished()):
         if not any(train(*run) for run in runs):  # stops at the first that it could make, then looks again
