@@ -56,6 +56,7 @@ HYPOTHESES = [("H1", "pretrained", "spectrum"), ("H2", "pretrained", "spectrum")
 MARGIN = 0.02  # nats that count as equal
 # The differences that the texts name: what each step gives, and what training everything adds.
 PAIRS = [("random", "none"), ("scaled", "random"), ("shuffled", "scaled"), ("shuffled", "random"),
+         ("shuffled", "none"), ("shuffled", "spectrum"), ("spectrum", "none"),
          ("pretrained", "none"), ("pretrained", "random"), ("pretrained", "shuffled"),
          ("pretrained", "spectrum"), ("all-random", "none"), ("all-pretrained", "none"),
          ("all-shuffled", "all-random"), ("all-pretrained", "all-random"),
