@@ -36,7 +36,7 @@ sys.path.insert(0, ".")
 import fpt  # noqa: E402
 
 # A folder or a hub name (openai/whisper-base, facebook/dinov2-small, sentence-transformers/all-MiniLM-L6-v2,
-# HuggingFaceTB/SmolLM2-135M), and what it was pretrained on.
+# HuggingFaceTB/SmolLM2-135M-Instruct), and what it was pretrained on.
 CORES = {"whisper": ("cores/whisper", "speech"), "dinov2": ("cores/dinov2", "images"),
          "minilm": ("cores/minilm", "text"), "smollm2": ("cores/smollm2", "text")}
 LATER = ("smollm2",)  # begun after the test passes of the others: in the tables, in no hypothesis, no figure
