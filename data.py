@@ -63,7 +63,7 @@ def demo_cifar10(folder):
 
 
 def mnist(folder, demo=False):
-    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, 12 MB, md5 by torchvision.
+    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, 12 MB, downloads md5-checked.
     Each split is (images uint8 [n, 28, 28], labels int64 [n] in 0..9): 55,000 / 5,000 / 10,000 digits."""
     from torchvision.datasets import MNIST
     folder = demo_folder(folder, demo_mnist) if demo else Path(folder)
@@ -101,7 +101,7 @@ def demo_mnist(folder):
 
 
 def speech_commands(folder, demo=False):
-    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, sha256-checked.
+    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, download sha256-checked.
     Each split is (waves int16 [n, 16000], one second, silence at the end of short clips; labels int64 [n]):
     84,843 / 9,981 / 11,005 clips. "classes" is the sorted list of the words that have a folder."""
     folder = demo_folder(folder, demo_speech) if demo else Path(folder)
@@ -147,9 +147,12 @@ def read_wav(path):
     """A wav file, mono, 16 bits, 16 kHz -> numpy int16 [samples]."""
     with one_line_exit(f"{path} is not the mono wav file of 16 bits and {SPEECH_RATE} Hz that is needed"):
         with wave.open(str(path)) as file:
-            (channels, width, rate, count, *_), samples = file.getparams(), file.readframes(file.getnframes())
+            channels, width, rate, count, *_ = file.getparams()
+            samples = file.readframes(count)
         if (channels, width, rate) != (1, 2, SPEECH_RATE) or not samples:
             raise ValueError(f"{channels} channels, {8 * width} bits, {rate} Hz, {count} samples")
+        if len(samples) < 2 * count:
+            raise ValueError(f"it ends after {len(samples) // 2} of {count} samples")
         return np.frombuffer(samples, "<i2")
 
 
@@ -188,8 +191,8 @@ def cyp3a4(folder, demo=False, tokens="smiles"):
     made_by = key(featurise, molecule_ids, scaffold_split, BUCKETS, rdkit.__version__, content)
     arrays = cached(folder / f"cyp3a4_{tokens}_{made_by}.npz", featurise, rows, tokens)
     parts = {name: arrays["split"] == code for code, name in enumerate(SPLITS)}
-    arrays = [torch.from_numpy(arrays[name]) for name in ("ids", "lengths", "labels")]
-    return {name: tuple(array[part] for array in arrays) for name, part in parts.items()}
+    tensors = [torch.from_numpy(arrays[name]) for name in ("ids", "lengths", "labels")]
+    return {name: tuple(tensor[part] for tensor in tensors) for name, part in parts.items()}
 
 
 def molecule_ids(smiles, tokens):
@@ -218,6 +221,9 @@ def featurise(rows, tokens):
     """[(SMILES, label)] -> the arrays of cyp3a4() for all, and split: 0 train, 1 validation, 2 test."""
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
     ids = [molecule_ids(smiles, tokens) for smiles, _ in tqdm(rows, "featurise molecules")]
+    unread = [smiles for (smiles, _), one in zip(rows, ids) if one is None]
+    if unread:
+        raise SystemExit(f"This RDKit cannot read {len(unread)} of the molecules, {unread[0]} the first")
     labels = np.array([label for _, label in rows])
     scaffolds = [MurckoScaffoldSmiles(smiles.strip(), includeChirality=False) for smiles, _ in rows]
     learn, test = scaffold_split(scaffolds, 0.8)

@@ -80,7 +80,6 @@ class GPT2(nn.Module):
 
     def forward(self, x, lengths=None):
         # The lengths are for OtherCore: padding is on the right, where no real token of GPT-2 reads.
-        # The positions are float32, and so is x from here on; only the matrix products are in bf16.
         x = x + self.wpe.weight[:x.shape[1]]
         for block in self.h:
             x = block(x)
@@ -159,8 +158,8 @@ class FPT(nn.Module):
             x = self.input(tokens)
             if x.ndim == 4:  # several ids a token
                 x = x.sum(2)
-            x = self.core(x, lengths)
-        x = x.float()  # Gemma's last norm leaves bf16, which is coarse for logits and for regressions
+            # What the blocks add to is float32 in every core: large numbers would lose small ones in bf16.
+            x = self.core(x.float(), lengths)
         if self.no_block:  # hardly anything would be nonlinear, and the floor would be easy to beat
             x = F.gelu(x)
         if lengths is None:
@@ -180,7 +179,7 @@ GPT2_SIZES = {"distilgpt2": dict(n_layer=6), "gpt2": dict(),
               "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
               "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 # What else can be a core: text models as a whole, of image and speech models the stack of blocks.
-TEXT = ("bert", "llama", "mistral", "qwen2", "gemma", "gemma2", "gemma3_text")
+TEXT = ("bert", "llama", "mistral", "qwen2", "gemma3_text")
 STACKS = ("vit", "deit", "dinov2", "audio-spectrogram-transformer", "whisper")
 SUPPORTED = "gpt2, " + ", ".join(TEXT + STACKS)
 
@@ -199,6 +198,7 @@ def load_core(args):
 
     Random cores follow one rule: every matrix, the position table included, is normal with standard deviation
     --init_std, by default 1/sqrt(width); biases are 0, the norms' weights 1. --layers changes none of them.
+    Positions that OtherCore adds are 0.
     """
     try:
         name = args.model.removeprefix("openai-community/")
@@ -213,7 +213,7 @@ def load_core(args):
             raise ValueError("its attention is not scaled as GPT-2's is")
         if layers > blocks:
             raise ValueError(f"it has {blocks} blocks, --layers asks for {layers}")
-        # Plain attention: the fused one is slow on CPUs, and would leave out Gemma 2's soft caps on GPUs.
+        # Plain attention: the fused one is slow on CPUs.
         how = {"dtype": torch.float32, "attn_implementation": "eager"}
         if args.pretrained:
             model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **how)
@@ -315,7 +315,8 @@ def batches(size, batch_size, seed, lengths=None):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(size, generator=generator)[: size // batch_size * batch_size]
         if lengths is not None:
-            order = torch.cat([part[lengths[part].argsort()] for part in order.split(50 * batch_size)])
+            parts = order.split(50 * batch_size)
+            order = torch.cat([part[lengths[part].argsort(stable=True)] for part in parts])
         order = order.view(-1, batch_size)
         if lengths is not None:
             order = order[torch.randperm(len(order), generator=generator)]
@@ -388,6 +389,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
               "total_parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if not trained:
+        sys.exit(f"--train {args.train}: --model {args.model} has no such parameters")
     all_lengths = all_lengths or dict.fromkeys(sizes)
 
     def evaluate(split):
@@ -522,7 +525,8 @@ def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entr
 # ---- Checkpoints ---------------------------------------------------------------------------------
 def save(checkpoint, path):
     """Write aside, then rename: killed at any instant, this leaves the old file or the new one, whole."""
-    torch.save(checkpoint, f"{path}.tmp")
+    with open(f"{path}.tmp", "wb") as file:  # an OSError where torch.save(path) would raise something else
+        torch.save(checkpoint, file)
     os.replace(f"{path}.tmp", path)
 
 
@@ -664,7 +668,7 @@ def flags(task, doc, demo, **defaults):
     add("--data", default="data", help="folder of the data sets")
     add("--out", help="folder of the run; None: the next free runs/<task>")
     add("--resume", **switch, default=0, help="1: go on with the run in --out")
-    add("--eval", metavar="PATH", help="only evaluate this checkpoint; it brings its flags")
+    add("--eval", metavar="PATH", help="only evaluate this checkpoint, with its flags but amp, data, test")
     add("--predict", metavar="INPUT", help="with --eval: what it says about this input")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
     add("--demo", **switch, default=0, help="1: a smoke test: generated data, two random blocks")
@@ -678,6 +682,10 @@ def parse(parser):
     args = parser.parse_args(argv)
     if args.predict and (not args.eval or WORLD > 1):
         parser.error("--predict needs the checkpoint that shall predict, --eval PATH, and a single process")
+    if "" in (args.out, args.eval, args.predict):
+        parser.error("--out, --eval and --predict cannot be empty: is a variable of the shell not set?")
+    if args.resume and args.eval:
+        parser.error("--eval only evaluates, --resume 1 goes on training: choose one")
     if args.resume and not args.out:
         parser.error("--resume 1 needs the folder of the run: --out")
 

@@ -357,10 +357,13 @@ def test_half_precision_trains_as_fp32_does(tmp_path, amp, device):
     assert half["test_loss"] == pytest.approx(fp32["test_loss"], abs=0.15)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma", "dinov2"])
-def test_predictions_are_float32_whatever_the_products_are(kind):
-    args = parse("--model", folder(kind), "--amp", "bf16")
-    assert fpt.FPT(args, 4, 3, 3)(torch.randn(2, 3, 4)).dtype == torch.float32
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_goes_from_block_to_block_is_float32_whatever_the_products_are(kind):
+    model, seen = fpt.FPT(parse("--model", folder(kind), "--amp", "bf16"), 4, 3, 3), []
+    for block in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        block.register_forward_hook(lambda _, x, y: seen.append(y if torch.is_tensor(y) else y[0]))
+    seen.append(model(torch.randn(2, 3, 4)))
+    assert [x.dtype for x in seen] == 3 * [torch.float32]
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -509,6 +512,7 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
         while code:
             resume = int((out / "last.pt").exists())
             code = forked(*argv, "--resume", resume, "--out", out, kill_after=random.uniform(0, whole / 2))
+            assert code in (0, -signal.SIGKILL)
             kills += code == -signal.SIGKILL
         assert outcome(out) == outcome(tmp_path / "whole")
     forked(*argv, "--out", tmp_path / "other", "--seed", 1)
@@ -671,11 +675,11 @@ def test_augmentation_moves_a_little_and_invents_nothing():
 @pytest.mark.parametrize("tokens", ["mel", "wave"])
 def test_sound_as_tokens(tokens):
     waves = (8000 * torch.sin(torch.arange(16000) * 0.3)).short().repeat(2, 1)
-    waves[1] //= 4  # how loud it is makes no difference
+    waves[1] //= 40  # how loud it is makes no difference, as many clips are quiet
     features = train_speech.tokenizer(tokens, "cpu")(waves)
     assert features.shape == (2, train_speech.TIMES[tokens], 80)
-    assert features.mean().abs() < 1e-4 and features.std().item() == pytest.approx(1, rel=1e-2)
-    assert torch.corrcoef(features.flatten(1))[0, 1] > 0.95
+    assert features.mean().abs() < 1e-4 and features[1].std().item() == pytest.approx(1, rel=1e-2)
+    assert torch.corrcoef(features.flatten(1))[0, 1] > 0.9
 
 
 def test_rankings_by_hand():
@@ -912,6 +916,7 @@ BAD = [
     ("speech_commands", file(ARCHIVE, tar({"../../../../outside.txt": b"x"})), ["outside", "delete what"]),
     ("speech_commands", words(file("a/9.wav", b"text" * 9)), ["a/9.wav", "RIFF"]),
     ("speech_commands", words(file("a/9.wav", GOOD[:-3])), ["a/9.wav", "mono"]),
+    ("speech_commands", words(file("a/9.wav", GOOD[:-4])), ["a/9.wav", "it ends after"]),
     ("speech_commands", words(file("a/9.wav", wav_bytes([]))), ["a/9.wav", " 0 samples"]),
     ("speech_commands", words(file("a/9.wav", wav_bytes([1, 2], channels=2))), ["a/9.wav", "2 channels"]),
     ("speech_commands", words(file("a/9.wav", wav_bytes([1, 2], rate=8000))), ["a/9.wav", "8000 Hz"]),
@@ -1130,6 +1135,7 @@ MADE = {  # what a case names in braces: a file, a run, a changed copy of a mode
     "image_run": lambda path: torch.save(FAKE | {"flags": FAKE["flags"] | {"task": "cifar"}}, path),
     "word_run": lambda path: torch.save(FAKE | {"flags": FAKE["flags"] | WORDS}, path),
     "few_images": lambda path: (path.mkdir(), npz(train_x=PIXELS[:9], train_y=LABELS[:9])(path)),
+    "no_place": lambda path: (path / "last.pt.tmp").mkdir(parents=True),
     "toy_run": lambda path: toy("--out", path, "--steps", 1),
     "model_without_weights": lambda path: (path / "model.safetensors").unlink(),
     "model_pointer": lambda path: (path / "model.safetensors").write_bytes(POINTER),
@@ -1139,10 +1145,9 @@ MADE = {  # what a case names in braces: a file, a run, a changed copy of a mode
     "model_wide": lambda path: change(path, n_embd=64),
     "model_deep": lambda path: change(path, n_layer=4),
     "model_scaled": lambda path: change(path, scale_attn_by_inverse_layer_idx=True),
+    "model_llama": lambda path: (shutil.rmtree(path), shutil.copytree(folder("llama"), path)),
     "model_short": lambda path: change(path, n_positions=12)}
-WORLD = {  # what else is wrong
-    "no GPU": lambda patch: torch.cuda.is_available() and pytest.skip("there is a GPU")}
-BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anything), what else is wrong
+BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anything), whether a GPU would do
     *[("cifar", flag, 2, flag.replace(" ", ": ") + " is not") for flag in (
         "--layers -1", "--init_std -1", "--in_scale -1", "--steps 0", "--batch_size -4", "--accumulate 0",
         "--lr -1", "--lr nan", "--weight_decay inf", "--eval_every 0", "--seed -1", f"--seed {10**18}")],
@@ -1154,6 +1159,9 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--layers 0 --train in,attn", 2, "--train in,attn ... --layers 0"),
     ("cifar", "--pretrained 1 --init_std 0.1", 2, "--init_std ... --pretrained 0"),
     ("cifar", "--predict cat.png", 2, "--predict ... --eval PATH"),
+    ("cifar", "--eval ''", 2, "--out, --eval and --predict cannot be empty"),
+    ("cyp3a4", "--eval {molecule_run} --predict ''", 2, "cannot be empty"),
+    ("cifar", "--resume 1 --out runs/cifar --eval {image_run}", 2, "--eval only evaluates"),
     ("cifar", "--resume 1", 2, "--resume 1 needs ... --out"),
     ("cifar", "--resume 1 --out typo", 1, "typo/last.pt is missing or no checkpoint"),
     ("cifar", "--device abacus", 2, "--device abacus: cpu or cuda"),
@@ -1171,6 +1179,7 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--model {clip}", 1, "it is clip, a core can be gpt2, bert, "),
     ("cifar", "--model {model_scaled}", 1, "not scaled as GPT-2's"),
     ("cifar", "--model {model_deep}", 1, "lacks 24 of its weights: h.2."),
+    ("toy", "--model {model_llama} --train pos", 1, "--train pos: ... model_llama has no such parameters"),
     ("mnist_add", "--n 129", 1, "The longest example has 129 tokens ... 128 positions"),
     ("cyp3a4", "--demo 1 --model {model_short}", 1, "The longest example has ... 12 positions"),
     ("cyp3a4", f"--eval {{molecule_run}} --predict {129 * 'C'}", 1, "has 129 tokens ... 128 positions"),
@@ -1185,12 +1194,15 @@ BAD_INPUT = [  # script, flags, exit code, what the line says (" ... " is anythi
     ("cifar", "--eval {toy_run}/best.pt", 1, "best.pt belongs to the task toy, not to cifar"),
     ("cifar", "--resume 1 --out {toy_run}", 1, "last.pt belongs to the task toy, not to cifar"),
     ("toy", "--eval {toy_run}/best.pt --pool last", 1, "leave out --pool last (was mean)"),
-    ("toy", "--out {file}/run", 1, "Error: ... file")]
+    ("toy", "--out {file}/run", 1, "Error: ... file"),
+    ("toy", "--out {no_place}", 1, "IsADirectoryError: ... no_place/last.pt.tmp")]
 
 
 @pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: " ".join([*case[:2], *case[4:]]))
 def test_bad_input(case, tmp_path, monkeypatch, capsys):
-    script, argv, code, says, *wrong = case
+    script, argv, code, says, *no_gpu = case
+    if no_gpu and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r"{(\w+)}", argv):
         if name.startswith("model_"):
@@ -1201,8 +1213,7 @@ def test_bad_input(case, tmp_path, monkeypatch, capsys):
         MADE.get(name, str)(tmp_path / name)
         argv = argv.replace(f"{{{name}}}", str(tmp_path / name))
     capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        [WORLD[what](patch) for what in wrong]
+    with pytest.raises(SystemExit) as end:
         toy(*shlex.split(argv)) if script == "toy" else run_main(f"train_{script}", *shlex.split(argv))
     error, stop = capsys.readouterr().err, end.value.code
     line = error.splitlines()[-1] if code == 2 else stop  # a text is printed and makes the exit code 1

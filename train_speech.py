@@ -41,7 +41,7 @@ def tokenizer(tokens, device):
             features = (mel(waves) + 1e-6).log().transpose(1, 2)
         else:
             features = resample(waves).unflatten(1, (100, 80))
-        return F.layer_norm(features, features.shape[1:])
+        return F.layer_norm(features, features.shape[1:], eps=1e-10)  # 1e-5 is as large as a quiet wave
 
     return to_tokens
 
