@@ -691,6 +691,11 @@ def test_rankings_by_hand():
     assert train_cyp3a4.auprc(ties, target) == pytest.approx((1 / 3 + 2 / 4) / 2)
 
 
+def test_a_molecule_that_rdkit_cannot_read_ends_with_one_line():
+    with pytest.raises(SystemExit, match="cannot read 1 of the molecules, C1CC the first"):
+        data.featurise([("CCO", 0), ("C1CC", 1)], "smiles")
+
+
 def test_sums_use_every_digit_equally_and_never_change():
     for n in 1, 2, 5:
         index = data.sum_indices(100, n)
