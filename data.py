@@ -1,17 +1,13 @@
-"""The data sets: one function each, from the official source to tensors (train, validation, test).
+"""The data sets, one function each: from the official files to tensors.
 
-    python -c "import data; print(data.mnist('data')['train'][0].shape)"      # downloads on first use
-
-Each takes the data folder and returns {"train": ..., "validation": ..., "test": ...}; with demo=True it reads
-generated files of the same format. Validation is a fixed random part of the official training part, or for
-speech an official list. What cannot be read ends the program with one line (SystemExit).
-"""
+Each downloads what the folder lacks and returns {"train": ..., "validation": ..., "test": ...}; if
+demo=True, generated data of this form. Broken or missing files end the program with one line."""
 import csv
+import fcntl
 import hashlib
-import inspect
+import itertools
+import os
 import random
-import tarfile
-import tempfile
 import wave
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,304 +16,255 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+CACHE_VERSION = 1  # of the decoded speech: add 1 when read_wav() changes
 SPLITS = ("train", "validation", "test")
-SPEECH_URL = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
-SPEECH_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"  # as torchaudio has it
-SPEECH_RATE = 16000  # samples a second
+MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
+SPEECH_SIZES = [84843, 9981, 11005]  # clips in each split, with all 35 words
+SPEECH_RATE = 16000  # samples per second
 CYP3A4_URL = "https://dataverse.harvard.edu/api/access/datafile/4259582"
-CYP3A4_SHA256 = "7efaaca5d7680cee34fa74f1b83693883dd03ccd23e9eb8801cd16624614861f"  # SMILES<tab>label lines
+CYP3A4_SHA256 = "7efaaca5d7680cee34fa74f1b83693883dd03ccd23e9eb8801cd16624614861f"
 SMILES_IDS = 95  # 0 pads, 1..94 are the printable ASCII characters
 BUCKETS = 16384  # atom environments are hashed to 1..BUCKETS
-OR_DEMO = "delete what is broken there; --demo 1 needs no download"
 
+@contextmanager
+def exit_if_unreadable(path, hint):
+    """An error while reading `path` ends the program with one line: file, error and hint."""
+    try:
+        yield
+    except Exception as error:  # parsers raise anything, from EOFError to SyntaxError
+        line = f"{path}: {type(error).__name__}: {error} ({hint})".split()
+        raise SystemExit(" ".join(line)) from error
 
+@contextmanager
+def one_at_a_time():
+    """Of processes that start together (torchrun) one downloads and decodes, the others wait."""
+    with open(f"/tmp/fpt-data-{os.geteuid()}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+def batches(size, batch_size, seed, lengths=None):
+    """Yields int64 [batch_size] forever: the examples of a batch, in a new order each epoch. With
+    lengths [size] they are of similar length, to save padding: 50 batches are sorted and cut."""
+    for epoch in itertools.count():
+        # Seeds are spread out, so that neighbours do not share the orders of other epochs.
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(size, generator=rng)[:size // batch_size * batch_size]
+        if lengths is not None:
+            chunks = order.split(50 * batch_size)
+            order = torch.cat([chunk[lengths[chunk].argsort(stable=True)] for chunk in chunks])
+            order = order.view(-1, batch_size)[torch.randperm(size // batch_size, generator=rng)]
+        yield from order.view(-1, batch_size)
+
+@one_at_a_time()
 def cifar10(folder, demo=False):
-    """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB, md5 by torchvision.
-    Each split is (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9): 45,000 / 5,000 / 10,000 images.
-    A hand-made <folder>/cifar10.npz with train_x, train_y, test_x, test_y is read instead of a download."""
-    folder = demo_folder(folder, demo_cifar10) if demo else Path(folder)
-    path = folder / "cifar10.npz"
+    """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB. Splits are
+    (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9): 45,000, 5,000 and 10,000 images. Where
+    there is cifar10.npz, with train_x, train_y, test_x and test_y, it is read instead."""
+    from torchvision.datasets import CIFAR10
+    if demo:
+        return demo_splits(np.random.default_rng(0).integers(176, size=(10, 32, 32, 3)), np.uint8)
+    path = Path(folder) / "cifar10.npz"
     if path.exists():
-        with one_line_exit(f"Mend or delete {path}"), np.load(path) as file:
-            train, test = [(file[f"{part}_x"], file[f"{part}_y"]) for part in ("train", "test")]
-            for x, y in train, test:
-                if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3):
-                    raise ValueError(f"images are {x.dtype} {x.shape}, not uint8 [n, 32, 32, 3]")
-                if y.dtype.kind not in "iu" or y.size != len(x) or not np.isin(y, range(10)).all():
-                    raise ValueError(f"labels are {y.dtype} {y.shape}, not {len(x)} integers 0..9")
+        with exit_if_unreadable(path, "correct or delete it"), np.load(path) as file:
+            parts = [(file[f"{part}_x"], file[f"{part}_y"].ravel()) for part in ("train", "test")]
     else:
-        from torchvision.datasets import CIFAR10
-        with one_line_exit(f"Put {CIFAR10.filename} into {folder}; {OR_DEMO}"):
-            parts = [CIFAR10(folder, train=part, download=True) for part in (True, False)]
-        train, test = [(part.data, np.array(part.targets)) for part in parts]
-    train, test = [(torch.tensor(x), torch.tensor(y.ravel(), dtype=torch.int64)) for x, y in (train, test)]
-    return hold_out(*train, len(train[0]) // 10) | {"test": test}
+        path = Path(folder) / CIFAR10.filename
+        with exit_if_unreadable(path, f"download it from {CIFAR10.url}, or use --demo 1"):
+            parts = CIFAR10(folder, download=True), CIFAR10(folder, train=False)
+        parts = [(part.data, np.array(part.targets)) for part in parts]
+    return image_splits(path, parts, (32, 32, 3), holdout=10)
 
-
-def demo_cifar10(folder):
-    """300 training and 60 test images: ten colours, in noise."""
-    rng = np.random.default_rng(0)
-    colours, y = rng.integers(0, 176, (10, 1, 1, 3)), rng.integers(10, size=360)
-    x = np.uint8(colours[y] + rng.integers(0, 80, (360, 32, 32, 3)))
-    np.savez(folder / "cifar10.npz", train_x=x[60:], train_y=y[60:], test_x=x[:60], test_y=y[:60])
-
-
+@one_at_a_time()
 def mnist(folder, demo=False):
-    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, 12 MB, downloads md5-checked.
-    Each split is (images uint8 [n, 28, 28], labels int64 [n] in 0..9): 55,000 / 5,000 / 10,000 digits."""
+    """MNIST (LeCun et al. 1998), http://yann.lecun.com/exdb/mnist/, 12 MB. Each split is
+    (images uint8 [n, 28, 28], labels int64 [n] in 0..9): 55,000, 5,000 and 10,000 digits."""
     from torchvision.datasets import MNIST
-    folder = demo_folder(folder, demo_mnist) if demo else Path(folder)
-    with one_line_exit(f"Put the four files *-ubyte into {folder}/MNIST/raw; {OR_DEMO}"):
-        train, test = [MNIST(folder, train=part, download=True) for part in (True, False)]
-    return hold_out(train.data, train.targets, len(train.data) // 12) | {"test": (test.data, test.targets)}
+    if demo:
+        return demo_splits(np.random.default_rng(0).integers(176, size=(10, 28, 28)), np.uint8)
+    path, names = Path(folder, "MNIST", "raw"), "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
+    with exit_if_unreadable(path, f"put the four files {names} there, or use --demo 1"):
+        parts = MNIST(folder, download=True), MNIST(folder, train=False)
+    parts = [(part.data.numpy(), part.targets.numpy()) for part in parts]
+    content = b"".join(x.tobytes() + y.astype(np.uint8).tobytes() for x, y in parts)
+    if hashlib.sha256(content).hexdigest() != MNIST_SHA256:
+        print(f"{path} is not the original MNIST: compare results only with others on it")
+    return image_splits(path, parts, (28, 28), holdout=12)
 
+def image_splits(path, parts, shape, holdout):
+    """Check the official parts, train and test, and hold out a random 1/holdout of train."""
+    for x, y in parts:
+        if (x.dtype != np.uint8 or x.shape[1:] != shape or x.shape[:1] != y.shape
+                or len(x) < holdout or not np.isin(y, range(10)).all()):
+            raise SystemExit(f"{path} has images {x.dtype} {x.shape}, labels {y.dtype} {y.shape}; "
+                             f"needed are {holdout} or more, uint8 {shape}, with labels 0 to 9")
+    (x, y), test = [(torch.tensor(x), torch.tensor(y).long()) for x, y in parts]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    validation, train = [(x[i], y[i]) for i in order.tensor_split([len(x) // holdout])]
+    return {"train": train, "validation": validation, "test": test}
 
 def sum_indices(size, n):
-    """Which digits make the fixed examples of an n-digit sum: int64 [size, n]. Each serves n times."""
+    """Which digits are added in `size` fixed sums: int64 [size, n]. Each digit is in n sums."""
     rng = torch.Generator().manual_seed(0)
-    return torch.stack([torch.arange(size)] + [torch.randperm(size, generator=rng) for _ in range(n - 1)], 1)
+    others = [torch.randperm(size, generator=rng) for _ in range(n - 1)]
+    return torch.stack([torch.arange(size), *others], 1)
 
-
-def hold_out(x, y, size):
-    """Split off `size` random examples for validation, the same ones every time. Only for independent
-    examples: what belongs together (a speaker, a scaffold) must not be on both sides."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return {"train": (x[order[size:]], y[order[size:]]), "validation": (x[order[:size]], y[order[:size]])}
-
-
-def demo_mnist(folder):
-    """600 training and 200 test digits, drawn with a font at random places and angles, as IDX files."""
-    from PIL import Image, ImageDraw, ImageFont
-    rng, font, raw = random.Random(0), ImageFont.load_default(22), folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, size in ("train", 600), ("t10k", 200):
-        y, x = bytes(rng.randrange(10) for _ in range(size)), b""
-        for label in y:
-            image, place = Image.new("L", (28, 28)), (rng.uniform(12, 16), rng.uniform(12, 16))
-            ImageDraw.Draw(image).text(place, str(label), 255, font, anchor="mm")
-            x += image.rotate(rng.uniform(-12, 12)).tobytes()
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([2049, size], ">i4").tobytes() + y)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(np.array([2051, size, 28, 28], ">i4").tobytes() + x)
-
-
+@one_at_a_time()
 def speech_commands(folder, demo=False):
-    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB, download sha256-checked.
-    Each split is (waves int16 [n, 16000], one second, silence at the end of short clips; labels int64 [n]):
-    84,843 / 9,981 / 11,005 clips. "classes" is the sorted list of the words that have a folder."""
-    folder = demo_folder(folder, demo_speech) if demo else Path(folder)
-    root, archive = folder / "SpeechCommands/speech_commands_v0.02", folder / "speech_commands_v0.02.tar.gz"
-    with one_line_exit(f"Put {archive.name} into {folder}, or its folders into {root}; {OR_DEMO}"):
-        if not root.exists():
-            if not hasattr(tarfile, "data_filter"):  # Debian 12 has 3.11.2
-                raise SystemExit(f"Take Python 3.10.12, 3.11.4 or newer, or unpack {archive} into {root}")
-            folder.mkdir(parents=True, exist_ok=True)
-            if not archive.exists():
-                torch.hub.download_url_to_file(SPEECH_URL, str(archive), SPEECH_SHA256)
-            with made_aside(root) as new, tarfile.open(archive) as tar:
-                tar.extractall(new, tqdm(tar, "unpack", unit="file"), filter="data")
-        words = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] not in "_.")
-        clips = {"train": {f"{word}/{path.name}" for word in words for path in (root / word).glob("*.wav")}}
-        for split, name in ("validation", "validation_list.txt"), ("test", "testing_list.txt"):
-            clips[split] = {clip for clip in (root / name).read_text().split() if clip.split("/")[0] in words}
-            missing = clips[split] - clips["train"]
-            if missing:
-                raise ValueError(f"{len(missing)} clips of {name} are missing, {min(missing)} the first")
-            clips["train"] -= clips[split]
-        sizes = [len(clips[split]) for split in SPLITS]
-        if len(words) < 2 or 0 in sizes:
-            raise ValueError(f"two words, clips for all splits are needed; here are {words}, {sizes} clips")
-    if len(words) != 35 and not demo:
-        print(f"{root} holds {len(words)} of the 35 words: compare results only with others on these")
-    names = [clip for split in SPLITS for clip in sorted(clips[split])]
-    made_by = key(decode, read_wav, SPEECH_RATE, names)
-    waves = torch.from_numpy(cached(folder / f"speech_{made_by}.npz", decode, root, names)["waves"])
+    """Speech Commands v0.02 (Warden 2018), https://arxiv.org/abs/1804.03209, 2.4 GB. Splits are
+    (waves int16 [n, 16000], one second, short clips end in silence; labels int64 [n], indices
+    into the list "words"): 84,843, 9,981 and 11,005 clips, memory-mapped from a 3.4 GB file."""
+    from torchaudio.datasets import SPEECHCOMMANDS
+    if demo:
+        tones = 100 * np.sin(np.outer(1200 * 1.5 ** np.arange(6), np.linspace(0, 1, SPEECH_RATE)))
+        return demo_splits(tones, np.int16) | {"words": list("abcdef")}
+    root = Path(folder) / "SpeechCommands" / "speech_commands_v0.02"
+    with exit_if_unreadable(root, f"put {root.name}.tar.gz into {folder}, or use --demo 1"):
+        SPEECHCOMMANDS(folder, download=True)
+        clips = set()
+        for path in root.glob("*/*.wav"):
+            if path.parent.name[0] not in "._" and path.name[0] != ".":  # hidden, or noise
+                clips.add(f"{path.parent.name}/{path.name}")
+        validation = set((root / "validation_list.txt").read_text().split())
+        test = set((root / "testing_list.txt").read_text().split())
+    words = sorted({clip.split("/")[0] for clip in clips})
+    listed = {clip for clip in validation | test if clip.split("/")[0] in words}
+    parts = [clips - listed, clips & validation, clips & test]
+    sizes = [len(part) for part in parts]
+    if listed - clips or 0 in sizes or (len(words) == 35 and sizes != SPEECH_SIZES):
+        raise SystemExit(f"{root} has {sizes} clips of {len(words)} words, and lacks "
+                         f"{len(listed - clips)} of its lists; 35 words have {SPEECH_SIZES}")
+    if len(words) < 35:
+        print(f"{root} has {len(words)} of 35 words: compare results only with others on these")
+    names = [name for part in parts for name in sorted(part)]
+    files = [(name, (root / name).stat().st_size, (root / name).stat().st_mtime) for name in names]
+    made_from = hashlib.sha256(repr([CACHE_VERSION, files]).encode()).hexdigest()[:12]
+    cache = Path(folder) / f"speech_{made_from}.npy"
+    with exit_if_unreadable(cache, "its folder must be writable; if it is broken, delete it"):
+        if not cache.exists():
+            with open(f"{cache}.tmp", "wb") as file:
+                header = dict(descr="<i2", fortran_order=False, shape=(len(names), SPEECH_RATE))
+                np.lib.format.write_array_header_1_0(file, header)
+                for name in tqdm(names, "decode wav files"):
+                    file.write(read_wav(root / name))
+            os.replace(f"{cache}.tmp", cache)
+        waves = np.load(cache, mmap_mode="c")  # processes share it, and a start does not read it
     labels = torch.tensor([words.index(name.split("/")[0]) for name in names])
-    return dict(zip(SPLITS, zip(waves.split(sizes), labels.split(sizes)))) | {"classes": words}
-
-
-def decode(root, names):
-    waves = np.zeros((len(names), SPEECH_RATE), np.int16)
-    for row, name in zip(waves, tqdm(names, "decode wav files")):
-        samples = read_wav(root / name)[:SPEECH_RATE]
-        row[:len(samples)] = samples
-    return {"waves": waves}
-
+    splits = zip(torch.from_numpy(waves).split(sizes), labels.split(sizes))
+    return dict(zip(SPLITS, splits)) | {"words": words}
 
 def read_wav(path):
-    """A wav file, mono, 16 bits, 16 kHz -> numpy int16 [samples]."""
-    with one_line_exit(f"{path} is not the mono wav file of 16 bits and {SPEECH_RATE} Hz that is needed"):
+    """A wav file, mono, 16 bits, 16 kHz -> int16 [16000], cut or padded with silence."""
+    with exit_if_unreadable(path, f"needed is a mono wav file of 16 bits and {SPEECH_RATE} Hz"):
         with wave.open(str(path)) as file:
             channels, width, rate, count, *_ = file.getparams()
-            samples = file.readframes(count)
-        if (channels, width, rate) != (1, 2, SPEECH_RATE) or not samples:
+            content = file.readframes(count)
+        if (channels, width, rate) != (1, 2, SPEECH_RATE) or not 0 < len(content) == 2 * count:
             raise ValueError(f"{channels} channels, {8 * width} bits, {rate} Hz, {count} samples")
-        if len(samples) < 2 * count:
-            raise ValueError(f"it ends after {len(samples) // 2} of {count} samples")
-        return np.frombuffer(samples, "<i2")
-
-
-def demo_speech(folder):
-    """Six words, a to f, 70 clips each: tones of six pitches, in noise."""
-    rng, root = np.random.default_rng(0), folder / "SpeechCommands" / "speech_commands_v0.02"
-    for i, word in enumerate("abcdef"):
-        (root / word).mkdir(parents=True)
-        for speaker in range(70):
-            time = np.arange(rng.integers(12000, 16001)) / SPEECH_RATE
-            tone = np.sin(2 * np.pi * 200 * 1.5**i * rng.uniform(0.9, 1.1) * time)
-            with wave.open(str(root / word / f"{speaker}.wav"), "wb") as file:
-                file.setparams((1, 2, SPEECH_RATE, 0, "NONE", ""))
-                file.writeframes(np.int16(6000 * (tone + rng.normal(0, 0.2, len(time)))).tobytes())
-    for name, speakers in ("validation_list.txt", range(8)), ("testing_list.txt", range(8, 20)):
-        (root / name).write_text("\n".join(f"{word}/{i}.wav" for word in "abcdef" for i in speakers))
-
+    samples = np.frombuffer(content, "<i2")[:SPEECH_RATE]
+    return np.pad(samples, (0, SPEECH_RATE - len(samples)))
 
 def cyp3a4(folder, demo=False, tokens="smiles"):
-    """CYP3A4_Veith (Veith et al. 2009), https://tdcommons.ai/single_pred_tasks/adme/, 0.7 MB, sha256-checked.
-    Each split is (ids int32, see molecule_ids(), 0 pads; lengths int64 [n]; labels int64 [n], 1: inhibitor).
-    Test is TDC's scaffold split (9,862 / 2,466 molecules), validation another of the rest (0.9 / 0.1). Whole
-    Murcko scaffolds are kept apart, but 2,281 test molecules have all their ring systems in training."""
-    import rdkit
-    folder = demo_folder(folder, demo_cyp3a4) if demo else Path(folder)
-    path = folder / "cyp3a4_veith.tab"
-    with one_line_exit(f"Put {path.name} from {CYP3A4_URL} into {folder}; {OR_DEMO}"):
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(CYP3A4_URL, str(path))
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(row["Drug"], int(float(row["Y"]))) for row in csv.DictReader(file, delimiter="\t")]
-        content = "".join(f"{smiles}\t{label}\n" for smiles, label in rows)
-        if not demo and hashlib.sha256(content.encode()).hexdigest() != CYP3A4_SHA256:
-            raise ValueError(f"the {len(rows)} molecules there are not the 12,328 of CYP3A4_Veith")
-    made_by = key(featurise, molecule_ids, scaffold_split, BUCKETS, rdkit.__version__, content)
-    arrays = cached(folder / f"cyp3a4_{tokens}_{made_by}.npz", featurise, rows, tokens)
-    parts = {name: arrays["split"] == code for code, name in enumerate(SPLITS)}
-    tensors = [torch.from_numpy(arrays[name]) for name in ("ids", "lengths", "labels")]
-    return {name: tuple(tensor[part] for tensor in tensors) for name, part in parts.items()}
-
-
-def molecule_ids(smiles, tokens):
-    """A SMILES string -> int32 ids, or None if RDKit reads no molecule. tokens="smiles": [time], characters;
-    "atoms": [time, 4], each atom's Morgan environments of radius 0 to 3, 1..BUCKETS, 0 for none."""
-    from rdkit import Chem, RDLogger
-    from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
-    RDLogger.DisableLog("rdApp.*")
-    smiles = smiles.strip()  # a space inside is refused below: RDKit takes what follows it for a name
-    molecule = Chem.MolFromSmiles(smiles) if all("!" <= letter <= "~" for letter in smiles) else None
-    if molecule is None or not molecule.GetNumAtoms():
-        return None
-    if tokens == "smiles":
-        return torch.tensor([ord(letter) - 32 for letter in smiles], dtype=torch.int32)
-    morgan, environments = GetMorganGenerator(radius=3, includeRedundantEnvironments=True), AdditionalOutput()
-    environments.AllocateBitInfoMap()  # the redundant ones give each atom all radii the molecule reaches
-    morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
-    ids = torch.zeros(molecule.GetNumAtoms(), 4, dtype=torch.int32)
-    for code, places in environments.GetBitInfoMap().items():
-        for atom, radius in places:
-            ids[atom, radius] = 1 + code % BUCKETS
-    return ids
-
-
-def featurise(rows, tokens):
-    """[(SMILES, label)] -> the arrays of cyp3a4() for all, and split: 0 train, 1 validation, 2 test."""
+    """CYP3A4_Veith (Veith et al. 2009), https://tdcommons.ai/single_pred_tasks/adme/, 0.7 MB.
+    Splits are (ids int32 of molecule_ids(), 0 pads; lengths int64 [n]; labels int64 [n], 1 for an
+    inhibitor). Test is TDC's scaffold split (9,862 and 2,466 molecules), validation is split off
+    in the same way (0.9 and 0.1). No Murcko scaffold is in two splits."""
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
-    ids = [molecule_ids(smiles, tokens) for smiles, _ in tqdm(rows, "featurise molecules")]
-    unread = [smiles for (smiles, _), one in zip(rows, ids) if one is None]
-    if unread:
-        raise SystemExit(f"This RDKit cannot read {len(unread)} of the molecules, {unread[0]} the first")
-    labels = np.array([label for _, label in rows])
-    scaffolds = [MurckoScaffoldSmiles(smiles.strip(), includeChirality=False) for smiles, _ in rows]
-    learn, test = scaffold_split(scaffolds, 0.8)
-    _, validation = scaffold_split([scaffolds[i] for i in learn], 0.9)
-    split = np.zeros(len(rows), np.int64)
-    split[test], split[[learn[i] for i in validation]] = 2, 1
-    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).numpy()
-    return {"ids": padded, "lengths": np.array([len(one) for one in ids]), "labels": labels, "split": split}
-
+    path = Path(folder) / "cyp3a4_veith.tab"
+    if demo:
+        rows = demo_molecules()
+    else:
+        with exit_if_unreadable(path, f"get {CYP3A4_URL} or use --demo 1"), one_at_a_time():
+            if not path.exists():
+                os.makedirs(folder, exist_ok=True)
+                torch.hub.download_url_to_file(CYP3A4_URL, path)
+            with open(path, newline="", encoding="utf-8") as file:
+                table = csv.DictReader(file, delimiter="\t")
+                rows = [(row["Drug"], int(float(row["Y"]))) for row in table]
+            content = "".join(f"{smiles}\t{label}\n" for smiles, label in rows)
+            if hashlib.sha256(content.encode()).hexdigest() != CYP3A4_SHA256:
+                raise ValueError(f"{len(rows)} molecules, not the official 12,328")
+    ids, scaffolds, splits = [], [], {}
+    for smiles, _ in tqdm(rows, "read molecules"):
+        ids.append(molecule_ids(smiles, tokens))
+        scaffolds.append(MurckoScaffoldSmiles(smiles.strip(), includeChirality=False))
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    lengths = torch.tensor([len(one) for one in ids])
+    labels = torch.tensor([label for _, label in rows])
+    rest, test = scaffold_split(scaffolds, 0.8)
+    train, validation = scaffold_split([scaffolds[i] for i in rest], 0.9)
+    parts = [rest[i] for i in train], [rest[i] for i in validation], test
+    for split, part in zip(SPLITS, parts):
+        part = torch.tensor(sorted(part), dtype=torch.int64)
+        splits[split] = padded[part], lengths[part], labels[part]
+    return splits
 
 def scaffold_split(scaffolds, fraction):
-    """One scaffold for each molecule -> (indices of the first part, of the second). No scaffold is in both.
-    As TDC with seed 0, fractions (fraction, 1 - fraction, 0): shuffled groups go first while they fit."""
-    groups = {}
+    """Scaffolds of molecules -> two lists of indices, no scaffold in both. As TDC with seed 0
+    and fractions (fraction, 1 - fraction, 0): groups, shuffled, join the first while they fit."""
+    groups, first, second = {}, [], []
     for i, scaffold in enumerate(scaffolds):
         groups.setdefault(scaffold, []).append(i)
     groups = list(groups.values())
     random.Random(0).shuffle(groups)
-    first, second = [], []
     for group in groups:
-        (first if len(first) + len(group) <= int(len(scaffolds) * fraction) else second).extend(group)
+        fits = len(first) + len(group) <= int(len(scaffolds) * fraction)
+        (first if fits else second).extend(group)
     return first, second
 
-
-def demo_cyp3a4(folder):
-    """400 molecules; the inhibitors have an azole, which binds the enzyme's iron as antifungals do."""
-    rng = random.Random(0)
-    heads = "c1ccccc1 c1ccc(Cl)cc1 c1ccc(F)cc1 c1ccncc1 c1ccsc1 C1CCCCC1 C1CCOCC1 c1ccc2ccccc2c1".split()
-    tails = "c1ccco1 N1CCCC1 N1CCOCC1 c1ccccc1 C(=O)O C(N)=O".split(), "n1ccnc1 n1cncn1 c1cnc[nH]1".split()
-    lines = ['"Drug_ID"\t"Drug"\t"Y"']  # quoted, as in the archive's own copy
-    for i in range(400):
-        label, chain = rng.randrange(2), "".join(rng.choices("CCON", k=rng.randint(1, 6)))
-        lines.append(f'"{i}"\t"{rng.choice(heads)}{chain}C{rng.choice(tails[label])}"\t"{label}"')
-    (folder / "cyp3a4_veith.tab").write_text("\n".join(lines))
-
+def molecule_ids(smiles, tokens):
+    """A SMILES string -> int32 ids, or None if RDKit cannot read it. tokens="smiles": [letters] of
+    RDKit's canonical SMILES, the same for every way of writing a molecule. "atoms": [atoms, 4], an
+    atom's Morgan environments (Rogers and Hahn 2010) of radius 0 to 3, hashed; 0: none."""
+    from rdkit import Chem, RDLogger
+    from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
+    RDLogger.DisableLog("rdApp.*")
+    smiles = smiles.strip()  # RDKit would ignore what follows a space, or a letter that is not ASCII
+    molecule = Chem.MolFromSmiles(smiles) if all("!" <= x <= "~" for x in smiles) else None
+    if molecule is None or molecule.GetNumAtoms() == 0:
+        return None
+    canonical = Chem.MolToSmiles(molecule)
+    if tokens == "smiles":
+        return torch.tensor(list(canonical.encode()), dtype=torch.int32) - 32
+    molecule = Chem.MolFromSmiles(canonical)  # atoms in canonical order
+    environments = AdditionalOutput()
+    environments.AllocateBitInfoMap()
+    morgan = GetMorganGenerator(radius=3, includeRedundantEnvironments=True)
+    morgan.GetSparseCountFingerprint(molecule, additionalOutput=environments)
+    ids = torch.zeros(molecule.GetNumAtoms(), 4, dtype=torch.int32)
+    for code, centres in environments.GetBitInfoMap().items():
+        for atom, radius in centres:
+            ids[atom, radius] = 1 + code % BUCKETS
+    return ids
 
 def read_image(path, mode, side, ground):
-    """An image file -> uint8 [side, side] of mode "L" or [side, side, 3] of "RGB", upright and resized.
-    Where it is transparent, the grey `ground` shows, 0 (black) to 255 (white)."""
+    """An image file -> uint8 [side, side] for mode "L" or [side, side, 3] for "RGB", upright and
+    resized. Where it is transparent, the grey `ground` shows, 0 (black) to 255 (white)."""
     from PIL import Image, ImageOps
-    with one_line_exit(f"{path} is no image that can be read"):
+    with exit_if_unreadable(path, "needed is an image, such as a PNG or JPEG file"):
         image = ImageOps.exif_transpose(Image.open(path))
-        behind = Image.new("RGBA", image.size, (ground, ground, ground, 255))
-        image = Image.alpha_composite(behind, image.convert("RGBA")).convert(mode)
-        return torch.from_numpy(np.array(image.resize((side, side))))
+        if image.mode[0] == "I":  # grey in 16 bits, which convert() would clip at 255
+            image = Image.fromarray(np.uint8(np.asarray(image, float).clip(0, 65535) / 257))
+        image = image.convert("RGBA")
+    behind = Image.new("RGBA", image.size, (ground, ground, ground, 255))
+    pixels = np.array(Image.alpha_composite(behind, image).convert(mode).resize((side, side)))
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if mode == "L" and border.mean() > 127:
+        print(f"{path} is dark on light, MNIST's digits are light on dark: invert it")
+    return torch.from_numpy(pixels)
 
+def demo_splits(patterns, dtype):
+    """One pattern for each class -> splits of 600, 100 and 200 examples: patterns in noise."""
+    rng, splits = np.random.default_rng(1), {}
+    for split, size in zip(SPLITS, (600, 100, 200)):
+        labels = rng.integers(len(patterns), size=size)
+        examples = patterns[labels] + rng.integers(80, size=(size, *patterns.shape[1:]))
+        splits[split] = torch.from_numpy(examples.astype(dtype)), torch.from_numpy(labels)
+    return splits
 
-@contextmanager
-def one_line_exit(text):
-    """An error in the body ends the program with one line: the error, then the text."""
-    try:
-        yield
-    except Exception as error:  # parsers of broken files raise anything, from EOFError to SyntaxError
-        raise SystemExit(" ".join(f"{type(error).__name__}: {error}. {text}".split()))
-
-
-@contextmanager
-def made_aside(path):
-    """Yields a path in a temporary folder; what is made there becomes `path`, unless another was faster."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
-        yield Path(folder) / path.name
-        try:
-            (Path(folder) / path.name).replace(path)
-        except OSError:
-            if not path.exists():
-                raise
-
-
-def key(*parts):
-    """A short hash of the parts: functions count by their source text, other things by their value."""
-    texts = [inspect.getsource(part) if callable(part) else str(part) for part in parts]
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
-
-
-def cached(path, make, *args):
-    """make(*args), a dict of arrays, kept in `path`, whose name carries a key() of all that went in."""
-    if path.exists():
-        with one_line_exit(f"Delete {path}, it will be made anew; it cannot be read"), np.load(path) as file:
-            return dict(file)
-    arrays = make(*args)
-    try:
-        with made_aside(path) as new:
-            np.savez(new, **arrays)
-    except OSError as error:  # a folder that may only be read, a full disk
-        print(f"Going on without a cache: {error}")
-    return arrays
-
-
-def demo_folder(folder, generate):
-    """The folder with the files that generate() makes; its name carries a key() of the code."""
-    path = Path(folder) / "demo" / f"{generate.__name__}_{key(generate)}"
-    if not path.exists():
-        with made_aside(path) as new:
-            new.mkdir()
-            generate(new)
-    return path
+def demo_molecules():
+    """[(SMILES, label)], the inhibitors with an azole, which binds the enzyme's iron."""
+    heads = "c1ccccc1 c1ccc(Cl)cc1 c1ccc(F)cc1 c1ccsc1 C1CCCCC1 c1ccc2ccccc2c1".split()
+    chains = "C CC COC CSC CCC CCOC CCCC CCSC".split()
+    tails = "n1ccnc1 n1cncn1 c1cnc[nH]1 c1ccco1 c1ccccc1 C(=O)O C1CCOCC1".split()
+    molecules = map("".join, itertools.product(heads, chains, tails))
+    return [(smiles, int("n" in smiles)) for smiles in molecules]

@@ -1,743 +1,569 @@
-"""Frozen Pretrained Transformer (FPT): GPT-2, its attention and MLP frozen, on data that is not language.
+"""Frozen Pretrained Transformer (FPT): GPT-2, attention and MLP frozen, on data that is not text.
 
     python train_cifar.py --demo 1                      # generated images, no download
     python train_cifar.py                               # pretrained GPT-2, frozen
-    python train_cifar.py --pretrained 0                # the same blocks with random weights, frozen
-    python train_cifar.py --pretrained 0 --layers 0     # the floor: no block at all
-    python train_cifar.py --help                        # every flag
+    python train_cifar.py --pretrained 0                # random weights in the same blocks, frozen
+    python train_cifar.py --pretrained 0 --layers 0     # the baseline without blocks
+    torchrun --nproc_per_node=8 -- train_cifar.py --batch_size 256
 
-After Lu et al. 2021, "Pretrained Transformers as Universal Computation Engines", arXiv 2103.05247. This is
-what the train_*.py share. From top to bottom: GPT-2, the FPT around it, its weights, other transformers, the
-training loop, checkpoints, processes and folders, flags.
-"""
+After Lu et al. 2021, arXiv 2103.05247. What the train_*.py share: the model (GPT-2, other models,
+their weights, FPT), then the training loop, evaluation and checkpoints, processes and flags."""
 import argparse
+import fcntl
 import inspect
 import itertools
 import json
 import math
 import os
-import shlex
-import signal
+import re
 import sys
 import time
+import zlib
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, GPT2Config
+from transformers import AutoConfig, AutoModel, GPT2Config, __version__
 from transformers.activations import ACT2FN
 
+import data
+
+# torchrun tells each process its number, and how many there are.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 # ---- GPT-2 ---------------------------------------------------------------------------------------
 class Block(nn.Module):
-    """A block of GPT-2 (Radford et al. 2019), its parts named as in GPT-2's checkpoints.
-
-    x [batch, time, width] -> [batch, time, width]
-    """
-
+    """A block of GPT-2 (Radford et al. 2019), its parts named as in GPT-2's checkpoints."""
     def __init__(self, config):
         super().__init__()
-        width, hidden = config.n_embd, config.n_inner or 4 * config.n_embd
+        d, eps = config.n_embd, config.layer_norm_epsilon
+        hidden = config.n_inner or 4 * d
         self.heads = config.n_head
-        self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
-        self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)})
-        # GPT-2's own "gelu_new" is the tanh GELU, which PyTorch has as one fused kernel.
-        name = config.activation_function
-        self.activation = nn.GELU("tanh") if name == "gelu_new" else ACT2FN[name]
+        self.ln_1 = nn.LayerNorm(d, eps)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(d, 3 * d), "c_proj": nn.Linear(d, d)})
+        self.ln_2 = nn.LayerNorm(d, eps)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(d, hidden), "c_proj": nn.Linear(hidden, d)})
+        # GPT-2's "gelu_new" is the tanh GELU, for which PyTorch has one fast kernel.
+        self.act = ACT2FN[config.activation_function.replace("gelu_new", "gelu_pytorch_tanh")]
 
-    def forward(self, x):
-        # Causal attention: a token reads from itself and from the tokens before it.
-        parts = self.attn.c_attn(self.ln_1(x)).chunk(3, dim=2)
-        # Each [batch, heads, time, width / heads].
-        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+    def forward(self, x):  # [batch, time, width] -> the same
+        # Causal attention: a token reads itself and the tokens before it.
+        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, width / heads]
         if x.is_cuda:
-            read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:  # on a CPU in bf16 the backward pass of the fused kernel makes a step 1.6 times as long
-            future = torch.full((x.shape[1], x.shape[1]), -math.inf, dtype=query.dtype).triu(1)
-            scores = (query * key.shape[3] ** -0.5) @ key.transpose(2, 3)
-            read = (scores + future).softmax(3) @ value
-        x = x + self.attn.c_proj(read.transpose(1, 2).flatten(2))
-        # MLP: each token is worked on alone.
-        return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
-
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # in bf16 on a CPU, that kernel is three to four times slower than these lines
+            future = torch.full((x.shape[1], x.shape[1]), -math.inf, dtype=q.dtype).triu(1)
+            y = ((q * k.shape[3] ** -0.5) @ k.transpose(2, 3) + future).softmax(3) @ v
+        x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
+        # MLP: the same function of every token.
+        return x + self.mlp.c_proj(self.act(self.mlp.c_fc(self.ln_2(x))))
 
 class GPT2(nn.Module):
-    """GPT-2 without its token table, as our tokens are vectors: x [batch, time, width] -> the same shape."""
-
+    """GPT-2 without its token embedding, because our tokens are vectors."""
     def __init__(self, config, layers):
         super().__init__()
-        self.width, self.positions = config.n_embd, config.n_positions
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.width, self.positions, self.causal = config.n_embd, config.n_positions, True
+        self.wpe = nn.Embedding(self.positions, self.width)
         self.h = nn.ModuleList([Block(config) for _ in range(layers)])
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(self.width, config.layer_norm_epsilon)
 
-    def forward(self, x, lengths=None):
-        # The lengths are for OtherCore: padding is on the right, where no real token of GPT-2 reads.
+    def forward(self, x, lengths=None):  # padding is on the right: causal attention never reads it
         x = x + self.wpe.weight[:x.shape[1]]
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
 
+# ---- Other transformers --------------------------------------------------------------------------
+CAUSAL = ("llama", "mistral", "qwen2", "gemma3_text")
+TEXT = ("bert", *CAUSAL)
+STACKS = ("vit", "deit", "dinov2", "audio-spectrogram-transformer", "whisper")
+MODEL_TYPES = ("gpt2", *TEXT, *STACKS)
+
+class Adapter(nn.Module):
+    """A model of the transformers library, called as GPT2 is.
+
+    A text model takes our vectors as inputs_embeds. Of the others we take blocks and final norm.
+    Whisper's encoder keeps its positions; those that number an image get 1,024 new ones, zeros."""
+    def __init__(self, model, layers):
+        super().__init__()
+        config, whisper = model.config, model.config.model_type == "whisper"
+        self.width, self.causal = config.hidden_size, config.model_type in CAUSAL
+        self.is_text = config.model_type in TEXT
+        model = model.encoder if whisper else model
+        blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+        # Whisper's blocks require masks, one or two depending on transformers' version.
+        accepted = set(inspect.signature(blocks[0].forward).parameters)
+        self.no_masks = dict.fromkeys({"attention_mask", "layer_head_mask"} & accepted)
+        del blocks[layers:]
+        if self.is_text:
+            config.num_hidden_layers, self.positions = layers, config.max_position_embeddings
+            model.set_input_embeddings(None)
+            model.pooler = None
+            self.model = model
+        else:
+            self.wpe = model.embed_positions if whisper else nn.Embedding(1024, self.width)
+            self.positions, self.blocks = self.wpe.num_embeddings, blocks
+            self.norm = model.layer_norm if whisper else model.layernorm
+
+    def forward(self, x, lengths=None):
+        if lengths is not None and not self.causal:
+            # Not all of these models can mask padding: run examples of equal length together.
+            y = torch.zeros_like(x, dtype=torch.float32)
+            for length in lengths.unique().tolist():
+                rows = lengths == length
+                y[rows, :length] = self(x[rows, :length]).float()
+            return y
+        if self.is_text:
+            return self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        x = x + self.wpe.weight[:x.shape[1]]
+        for block in self.blocks:
+            x = block(x, **self.no_masks)
+            x = x if torch.is_tensor(x) else x[0]  # a tuple in older versions
+        return self.norm(x)
+
+# ---- Their weights -------------------------------------------------------------------------------
+# Blocks and heads of the GPT-2 family, so that random weights need no network. A head is 64 wide.
+GPT2_SIZES = {"distilgpt2": (6, 12), "gpt2": (12, 12), "gpt2-medium": (24, 16),
+              "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}
+
+def normal(shape, std, seed, stream):
+    """Normal random numbers, a stream of the seed for each weight. NumPy draws them, because torch
+    draws others on other devices, and a checkpoint leaves the frozen weights out."""
+    numbers = np.random.default_rng([seed, stream]).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(numbers * np.float32(std))
+
+def load_model(args):
+    """--model's config and, if that is not enough, the model. AssertionError: it cannot be used."""
+    name, options = args.model.removeprefix("openai-community/"), dict(trust_remote_code=False)
+    if name in GPT2_SIZES and not args.pretrained and not os.path.isdir(args.model):
+        blocks, heads = GPT2_SIZES[name]
+        return GPT2Config(n_layer=blocks, n_head=heads, n_embd=64 * heads), None
+    assert not os.path.exists(f"{args.model}/adapter_config.json"), "merge its adapter into it"
+    config = AutoConfig.from_pretrained(args.model, **options)
+    kind = config.model_type
+    assert kind in MODEL_TYPES, f"it is {kind}, not one of {', '.join(MODEL_TYPES)}"
+    assert kind != "gpt2" or (config.scale_attn_weights and getattr(config, "is_causal", True) and
+                              not config.scale_attn_by_inverse_layer_idx), "no attention of GPT-2"
+    # Transformers 4 silently misreads configs of transformers 5, rotary positions for example.
+    saved_by, ours = (config.transformers_version or "0").split("."), __version__.split(".")
+    assert int(saved_by[0]) <= int(ours[0]), f"it is too new for transformers {__version__}"
+    options |= dict(dtype=torch.float32, attn_implementation="eager")  # fused is slow on a CPU
+    if not args.pretrained:
+        return config, AutoModel.from_config(config, **options)
+    model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **options)
+    # No pooler or decoder is needed. Unused weights may be a head's, or buffers of older files.
+    missing = [key for key in info["missing_keys"] if not re.search("pooler|decoder", key)]
+    unused = [key for key in info["unexpected_keys"] if re.search(r"\b(h|layers?)\.\d", key)
+              and not re.search(r"decoder|\.attn\.bias|masked_bias|inv_freq", key)]
+    assert not missing + unused, f"{len(missing)} weights are missing and {len(unused)} not used"
+    assert all(p.isfinite().all() for p in model.parameters()), "not all its weights are finite"
+    return config, model
+
+@torch.no_grad()
+def load_core(args):
+    """The transformer that --model, --pretrained and --layers name, float32, on the CPU. If random,
+    its matrices are normal with standard deviation --init_std, and its biases 0."""
+    try:
+        config, model = load_model(args)
+        kind, blocks = config.model_type, config.num_hidden_layers
+        layers = blocks if args.layers is None else args.layers
+        assert layers <= blocks, f"it has {blocks} blocks, not {layers}"
+    except Exception as error:  # offline, a broken file, a quantised model: errors of any type
+        sys.exit(f"Cannot load --model {args.model}: {' '.join(str(error).split())}")
+    core = GPT2(config, layers) if kind == "gpt2" else Adapter(model, layers)
+    if args.pretrained and kind == "gpt2":
+        weights = model.state_dict()
+        for name, p in core.named_parameters():  # GPT-2 keeps its blocks' matrices transposed
+            p.copy_(weights[name].T if ".c_" in name and p.ndim == 2 else weights[name])
+    if not args.pretrained:
+        std = core.width ** -0.5 if args.init_std is None else args.init_std
+        for i, matrix in enumerate(p for p in core.parameters() if p.ndim >= 2):
+            matrix.copy_(normal(matrix.shape, std, args.seed, i))
+        for name, p in core.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+    if kind in STACKS and kind != "whisper":
+        core.wpe.weight.zero_()  # the new positions
+    return core.eval()
 
 # ---- FPT -----------------------------------------------------------------------------------------
 PARTS = ("in", "out", "ln", "pos", "attn", "ff")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
 class FPT(nn.Module):
-    """Input layer, frozen core, output layer.
+    """Input layer, frozen transformer (the core), output layer.
 
-    inputs:    numbers in a token; with discrete=True the size of the vocabulary, in which 0 is padding
+    inputs:    numbers in a token; if discrete, the size of the vocabulary, in which 0 is padding
     outputs:   numbers in a prediction: classes, or 1 for a regression
-    time:      tokens in the longest example
-    """
-
+    time:      tokens in the longest example"""
     def __init__(self, args, inputs, outputs, time, discrete=False):
         super().__init__()
         self.core = load_core(args)
         width, positions = self.core.width, self.core.positions
         if time > positions:
-            sys.exit(f"The longest example has {time} tokens, --model {args.model} has {positions} positions")
-        self.pool, self.no_block, self.dtype = args.pool, args.layers == 0, PRECISIONS[args.amp]
-        # The numbers of a token vector, or of an id's, start with standard deviation --in_scale, whatever the
-        # task and the core. (The input numbers have 1.)
-        if discrete:
-            self.input = nn.Embedding(inputs, width, padding_idx=0)
-            self.input.weight.data[1:] = normal((inputs - 1, width), args.in_scale, args.seed, 1_000_000)
-        else:
-            self.input = nn.Linear(inputs, width)
-            std = args.in_scale * inputs ** -0.5
-            self.input.weight.data = normal((width, inputs), std, args.seed, 1_000_000)
-            self.input.bias.data.zero_()
+            sys.exit(f"{time} tokens, but --model {args.model} has only {positions} positions")
+        # What the core makes of fixed tokens shows whether a checkpoint, which leaves the frozen
+        # weights out, belongs to it.
+        with torch.no_grad():
+            y = self.core(normal((1, min(60, positions), width), 0.1, 0, 0))
+        self.fingerprint = y[0, [0, -1], :16].flatten().tolist()
+        # The output layer reads the last token of a causal core, as in the paper, because that
+        # token has seen all; of a core that looks both ways, and without blocks, the mean.
+        self.no_blocks = args.layers == 0
+        rule = "last" if self.core.causal and not self.no_blocks else "mean"
+        self.pool = rule if args.pool == "auto" else args.pool
+        # Token vectors start with standard deviation 0.1, whatever the task.
+        self.input = nn.Embedding(inputs, width, 0) if discrete else nn.Linear(inputs, width)
         self.output = nn.Linear(width, outputs)
-        self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 1_000_001)
+        std = 0.1 if discrete else 0.1 * inputs ** -0.5
+        self.input.weight.data = normal(self.input.weight.shape, std, args.seed, 10**6)
+        self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 10**6 + 1)
+        (self.input.weight.data[0] if discrete else self.input.bias.data).zero_()
         self.output.bias.data.zero_()
+        # Freeze. Matrix products run in the precision of --amp; what they add to stays float32.
+        self.autocast = torch.autocast(args.device.split(":")[0], PRECISIONS[args.amp],
+                                       enabled=args.amp != "fp32")
+        for p, part in self.named_parts():
+            p.requires_grad = args.train == "all" or part in args.train.split(",")
+            if not p.requires_grad and part in ("attn", "ff") and p.ndim == 2:
+                p.data = p.data.to(PRECISIONS[args.amp])  # once, not by autocast at every step
+        self.to(args.device).eval()  # also for training: no dropout anywhere
 
-        # Freeze. A checkpoint leaves the frozen weights out. The fingerprint tells whether a model has them.
-        self.fingerprint, frozen = 0.0, 0
-        for parameter, part in self.named_parts():
-            parameter.requires_grad = args.train == "all" or part in args.train.split(",")
-            if parameter.requires_grad:
-                continue
-            # Absolute values, so that nothing cancels, times a ramp, so that their order counts.
-            frozen += 1
-            place = torch.linspace(frozen, frozen + 1, parameter.numel(), dtype=torch.float64)
-            self.fingerprint += torch.dot(parameter.detach().abs().double().flatten(), place).item()
-            if part in ("attn", "ff") and parameter.ndim == 2:
-                # Rounded once here, instead of by autocast at every step.
-                parameter.data = parameter.data.to(self.dtype)
-        self.eval()  # in training too: no dropout anywhere
-
-    def named_parts(self):
-        """Yields (parameter, part), part being one of PARTS."""
+    def named_parts(self):  # yields (parameter, part), part being one of PARTS
         for name, module in self.named_modules():
-            if name in ("input", "output"):
-                part = {"input": "in", "output": "out"}[name]
-            elif type(module).__name__.endswith("Norm"):
-                part = "ln"
-            elif isinstance(module, nn.Embedding):
-                part = "pos"
-            else:
-                part = "attn" if "att" in name else "ff"
-            for parameter in module.parameters(recurse=False):
-                yield parameter, part
+            part = "attn" if "att" in name else "ff"
+            part = "pos" if isinstance(module, nn.Embedding) else part
+            part = "ln" if type(module).__name__.endswith("Norm") else part
+            part = {self.input: "in", self.output: "out"}.get(module, part)
+            for p in module.parameters(recurse=False):
+                yield p, part
 
     def forward(self, tokens, lengths=None):
-        """tokens:   float [batch, time, inputs], int [batch, time] or int [batch, time, ids]; padding is last
-        lengths:  int [batch], how many tokens of each example are real, at least 1; None: all of them
-        returns:  float32 [batch, outputs]
-        """
-        with torch.autocast(tokens.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            x = self.input(tokens)
-            if x.ndim == 4:  # several ids a token
-                x = x.sum(2)
-            # What the blocks add to is float32 in every core: large numbers would lose small ones in bf16.
-            x = self.core(x.float(), lengths)
-        if self.no_block:  # hardly anything would be nonlinear, and the floor would be easy to beat
+        """tokens float [batch, time, inputs], int [batch, time] or int [batch, time, ids], of which
+        the first lengths [batch] are not padding (None: all) -> float32 [batch, outputs]"""
+        x = self.input(tokens)
+        if x.ndim == 4:  # several ids a token
+            x = x.sum(2)
+        # Float32 between the blocks: in bf16, large numbers would swallow small ones.
+        x = self.core(x.float(), lengths)
+        if self.no_blocks:  # else hardly anything is nonlinear, and the baseline easy to beat
             x = F.gelu(x)
         if lengths is None:
             lengths = torch.full((len(x),), x.shape[1], device=x.device)
-        if self.pool == "mean":
-            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-            x = (x * real[:, :, None]).sum(1) / lengths[:, None]
-        else:
-            x = x[torch.arange(len(x), device=x.device), lengths - 1]
-        return self.output(x)
-
-
-# ---- The weights ---------------------------------------------------------------------------------
-# The sizes of the GPT-2 family, so that random weights need no network.
-GPT2_SIZES = {"distilgpt2": dict(n_layer=6), "gpt2": dict(),
-              "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-              "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-              "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
-# What else can be a core: text models as a whole, of image and speech models the stack of blocks.
-TEXT = ("bert", "llama", "mistral", "qwen2", "gemma3_text")
-STACKS = ("vit", "deit", "dinov2", "audio-spectrogram-transformer", "whisper")
-SUPPORTED = "gpt2, " + ", ".join(TEXT + STACKS)
-
-
-def normal(shape, std, seed, stream):
-    """Normal random numbers, float32. NumPy's, because torch draws others on another processor.
-
-    stream: which numbers of the seed: that of the parameter in the core, or a large one for the new layers
-    """
-    generator = np.random.default_rng([seed, stream])
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32) * np.float32(std))
-
-
-def load_core(args):
-    """The core that --model, --pretrained, --layers, --init_std and --seed stand for, in float32 on the CPU.
-
-    Random cores follow one rule: every matrix, the position table included, is normal with standard deviation
-    --init_std, by default 1/sqrt(width); biases are 0, the norms' weights 1. --layers changes none of them.
-    Positions that OtherCore adds are 0.
-    """
-    try:
-        name = args.model.removeprefix("openai-community/")
-        known = name in GPT2_SIZES and not args.pretrained and not Path(args.model).is_dir()
-        config = GPT2Config(**GPT2_SIZES[name]) if known else AutoConfig.from_pretrained(args.model)
-        kind = config.model_type
-        if kind not in ("gpt2",) + TEXT + STACKS:
-            raise ValueError(f"it is {kind}, a core can be {SUPPORTED}")
-        blocks = config.num_hidden_layers
-        layers = blocks if args.layers is None else args.layers
-        if kind == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
-            raise ValueError("its attention is not scaled as GPT-2's is")
-        if layers > blocks:
-            raise ValueError(f"it has {blocks} blocks, --layers asks for {layers}")
-        # Plain attention: the fused one is slow on CPUs.
-        how = {"dtype": torch.float32, "attn_implementation": "eager"}
-        if args.pretrained:
-            model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **how)
-            missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)  # cores have none
-            if missing:
-                raise ValueError(f"it lacks {len(missing)} of its weights: {', '.join(missing[:3])} ...")
-        elif kind != "gpt2":
-            model = AutoModel.from_config(config, **how)
-    except Exception as error:  # a silent hub, a broken file, a quantised model: any kind of error
-        hint = ". --pretrained 0 needs no weights" if args.pretrained else ""
-        sys.exit(f"Cannot load --model {args.model}: {one_line(error).rstrip('.')}{hint}")
-
-    core = GPT2(config, layers) if kind == "gpt2" else OtherCore(model, layers)
-    if args.pretrained and kind == "gpt2":
-        weights = model.state_dict()
-        for name, ours in core.state_dict().items():  # GPT-2 keeps the matrices of its blocks transposed
-            ours.copy_(weights[name].T if ".c_" in name and ours.ndim == 2 else weights[name])
-    if not args.pretrained:
-        std = core.width ** -0.5 if args.init_std is None else args.init_std
-        parameters = list(core.named_parameters())
-        if kind != "gpt2":  # where norms stand among matrices differs between versions of transformers
-            parameters.sort(key=lambda pair: pair[1].ndim < 2)
-        for i, (name, parameter) in enumerate(parameters):
-            if parameter.ndim >= 2:
-                parameter.data = normal(parameter.shape, std, args.seed, i)
-            elif name.endswith("bias"):
-                parameter.data.zero_()
-    if kind in STACKS and kind != "whisper":  # new positions, which start at zero: see OtherCore
-        core.wpe.weight.data.zero_()
-    return core
-
-
-# ---- Other transformers as the core --------------------------------------------------------------
-class OtherCore(nn.Module):
-    """A model of the transformers library as the core, called as GPT2 is.
-
-    A text model takes our vectors as inputs_embeds. Of an image or a speech model (of Whisper the encoder) we
-    take the blocks and the norm behind them. Whisper's positions are those of a plain sequence and are kept.
-    The others get 1,024 new ones that start at zero, as the vision core of Lu et al. does.
-    """
-
-    def __init__(self, model, layers):
-        super().__init__()
-        kind = model.config.model_type
-        self.width, self.is_text = model.config.hidden_size, kind in TEXT
-        model = model.encoder if kind == "whisper" else model
-        blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-        # Whisper's blocks insist on masks, one or two depending on the version of transformers: None will do.
-        wanted = inspect.signature(blocks[0].forward).parameters
-        self.nothing = dict.fromkeys({"attention_mask", "layer_head_mask"} & set(wanted))
-        del blocks[layers:]
-        if self.is_text:
-            model.config.num_hidden_layers, self.positions = layers, model.config.max_position_embeddings
-            model.set_input_embeddings(None)
-            model.pooler = None
-            self.model = model
-        else:
-            self.wpe = model.embed_positions if kind == "whisper" else nn.Embedding(1024, self.width)
-            self.positions, self.blocks = self.wpe.num_embeddings, blocks
-            self.norm = model.layer_norm if kind == "whisper" else model.layernorm
-
-    def forward(self, x, lengths=None):
-        if lengths is None:
-            return self.forward_unpadded(x)
-        # Many of these models cannot mask padding, so the examples of one length go together, without any.
-        result = torch.zeros_like(x, dtype=torch.float32)
-        for length in lengths.unique().tolist():
-            rows = lengths == length
-            result[rows, :length] = self.forward_unpadded(x[rows, :length]).float()
-        return result
-
-    def forward_unpadded(self, x):
-        if self.is_text:
-            return self.model(inputs_embeds=x, use_cache=False).last_hidden_state
-        x = x + self.wpe.weight[:x.shape[1]]
-        for block in self.blocks:
-            x = block(x, **self.nothing)
-            x = x if torch.is_tensor(x) else x[0]  # a tuple in older versions
-        return self.norm(x)
-
-
-# ---- Pieces of the training loop -----------------------------------------------------------------
-# torchrun says which of how many processes this is, and which one on this machine.
-RANK, LOCAL_RANK, WORLD = 0, 0, 1
-if "RANK" in os.environ and "LOCAL_RANK" in os.environ:
-    RANK, LOCAL_RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
-def batches(size, batch_size, seed, lengths=None):
-    """Yields int64 [batch_size] for ever: the examples of a batch. Each epoch has a new order; an incomplete
-    last batch is dropped.
-
-    With lengths [size], examples of like length go together, so that little of a batch is padding: every 50
-    shuffled batches are sorted by length and cut, and the batches are shuffled again.
-    """
-    batch_size = min(batch_size, size)
-    for epoch in itertools.count():
-        # Seeds are spread out, so that neighbouring ones do not share the orders of other epochs.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(size, generator=generator)[: size // batch_size * batch_size]
-        if lengths is not None:
-            parts = order.split(50 * batch_size)
-            order = torch.cat([part[lengths[part].argsort(stable=True)] for part in parts])
-        order = order.view(-1, batch_size)
-        if lengths is not None:
-            order = order[torch.randperm(len(order), generator=generator)]
-        yield from order
-
-
-def adamw(args, model):
-    """AdamW over what is trained. Matrices decay; norms, biases and positions do not."""
-    matrices, others = [], []
-    for parameter, part in model.named_parts():
-        if parameter.requires_grad and parameter.ndim >= 2 and part != "pos":
-            matrices.append(parameter)
-        elif parameter.requires_grad:
-            others.append(parameter)
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0}]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
-
-
-def learning_rate(args, step):
-    """The rate of step 1, 2, ..., --steps: a short linear warm-up, then a cosine towards zero."""
-    warmup = min(50, max(1, args.steps // 10))  # AdamW's second moments need some steps to settle
-    return args.lr * min(1.0, step / warmup) * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
-
-
-@torch.no_grad()
-def infer(args, model, batch, split, order):
-    """Run the examples `order` of a split through the model: outputs float32 [n, outputs], targets [n]."""
-    outputs, targets = [], []
-    chunks = order.split(4 * args.batch_size)  # no gradients are kept, so more fits into memory
-    for index in tqdm(chunks, f"evaluate {split}", leave=False, disable=RANK > 0):
-        tokens, lengths, target = batch(split, index)
-        outputs.append(model(tokens, lengths))
-        targets.append(target)
-    return torch.cat(outputs), torch.cat(targets)
-
-
-def validation_score(row):
-    """What picks the checkpoint: accuracy, and at a tie the loss."""
-    return row["validation_accuracy"], -row["validation_loss"]
-
-
-def print_table(row):
-    lines = []
-    for name, value in row.items():
-        text = f"{value:.4f}" if isinstance(value, float) else f"{value}"
-        lines.append(f"| {name.replace('_', ' '):<25} | {text:>13} |")
-    rule = "-" * len(lines[0])
-    tqdm.write("\n".join([rule, *lines, rule]))
-
+        last, time = lengths[:, None] - 1, torch.arange(x.shape[1], device=x.device)
+        read = time == last if self.pool == "last" else time <= last  # [batch, time]
+        x = (x * read[:, :, None]).sum(1) / read.sum(1, keepdim=True)  # [batch, width]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(x.float())
 
 # ---- The training loop ---------------------------------------------------------------------------
-def fit(args, model, batch, sizes, dummy, all_lengths=None, loss_fn=F.cross_entropy,
-        predict=lambda outputs: outputs.argmax(1), metrics=lambda outputs, targets: {}):
-    """Train, keep the checkpoint with the best validation figures, and with it read the test split, once.
+def accuracy(outputs, targets):
+    """What fit() reports: the accuracy, and that of always predicting the majority class."""
+    majority = targets.unique(return_counts=True)[1].max()
+    return {"accuracy": (outputs.argmax(1) == targets).float().mean(),
+            "majority_accuracy": majority / len(targets)}
 
-    batch(split, index):  index int64 [batch] on the CPU -> tokens, lengths or None (as FPT.forward wants
-                          them), targets (as loss_fn wants them: int64 from 0), all on args.device
-    sizes:                {"train": examples, "validation": ..., "test": ...}
-    dummy:                the target that is likeliest in the training split; dummy_accuracy: always saying it
-    all_lengths:          {"train": int [examples] on the CPU, ...} if examples differ in length
-    loss_fn, metrics:     of outputs and targets: a scalar tensor, and further figures {name: float}
-    predict:              outputs [n, outputs] -> int64 [n], to be compared with the targets
-    Returns the last line of <out>/log.jsonl as a dict. With --eval it only evaluates.
-    """
-    if not all(sizes.values()):
-        sys.exit(f"A split has no examples: {sizes}")
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()  # data and weights are there: lets this machine's other processes out of run()
-    model.to(args.device)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    counts = {"trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
-              "total_parameters": sum(parameter.numel() for parameter in model.parameters())}
-    if not trained:
-        sys.exit(f"--train {args.train}: --model {args.model} has no such parameters")
-    all_lengths = all_lengths or dict.fromkeys(sizes)
+def fit(args, model, batch, labels, lengths=None, loss_fn=F.cross_entropy, metrics=accuracy):
+    """Train, keep the checkpoint of lowest validation loss, and with it read the test split, once.
+    Returns the last line of the log; under torchrun, in process 0 only.
 
-    def evaluate(split):
-        order = torch.arange(sizes[split])  # all of them in every process, so that all of these agree
-        if all_lengths[split] is not None:  # like lengths together
-            order = all_lengths[split].argsort(stable=True)
-        outputs, targets = infer(args, model, batch, split, order)
-        figures = {"loss": loss_fn(outputs, targets).item(),
-                   "accuracy": (predict(outputs) == targets).float().mean().item(),
-                   **metrics(outputs, targets),
-                   "dummy_accuracy": (targets == dummy).float().mean().item()}
-        # A figure that cannot be computed is NaN, which JSON does not know.
-        return {f"{split}_{name}": value if math.isfinite(value) else None for name, value in figures.items()}
-
-    def report(path):
-        step = load_trained(args, model, path)["step"]
-        result = {"step": step, **evaluate("test" if args.test else "validation"), **counts}
-        print_table(result)
-        return result
-
+    batch:     of a split and an index int64 [n] (on the CPU): tokens and lengths or None, as
+               FPT.forward takes them, and targets int64 [n], all on args.device
+    labels:    {"train": int64 [examples] on the CPU, "validation": ..., "test": ...}
+    lengths:   int64 [examples] on the CPU: tokens in the training examples, if they differ
+    loss_fn:   of outputs and targets: the mean loss of a batch
+    metrics:   of outputs and targets: {"accuracy": a scalar tensor, ...}"""
+    splits = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
     if args.eval:
-        return report(args.eval)
+        return test(args, model, batch, splits, loss_fn, metrics, args.eval)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    batch_size = min(args.batch_size, len(labels["train"]) // WORLD * WORLD)  # equal shares
+    if not trained or batch_size == 0:
+        sys.exit(f"--train {args.train} trains nothing, or {splits} is too little data")
 
-    # Begin, or go on from the last checkpoint.
-    take_folder(args)
-    out = Path(args.out)
+    # Optimizer, order of the data.
     optimizer = adamw(args, model)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")  # else does nothing
-    done, rows = 0, []
-    if args.resume:
-        last = load_trained(args, model, out / "last.pt")
-        if "result" in last:
-            print(f"{out} holds a finished run")
-            return last["result"]
-        done, rows = last["step"], last["rows"]
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        print(f"Going on after step {done}")
-    wandb = None
-    if args.wandb and RANK == 0:  # a resumed run goes on in the same W&B run, as its id is one of our flags
-        import wandb
-        wandb.init(project=args.wandb, dir=args.out, config=vars(args), id=args.wandb_id, resume="allow")
-
-    def save_checkpoint(step, better):
-        state = {"flags": vars(args), "fingerprint": model.fingerprint, "step": step,
-                 "trained": {name: parameter.detach() for name, parameter in trained.items()}}
-        if better:
-            save(state, out / "best.pt")
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rows": rows}
-        save(state, out / "last.pt")
-
-    if RANK == 0:
-        save_checkpoint(done, better=False)  # keeps the flags of a run that is stopped before it evaluates
-    # Written anew from the checkpoint's rows, because steps after the checkpoint are made again.
-    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
-    log.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{args.task}: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters"
-          f" are trained, in {args.amp} on {args.device}.\n"
-          f"Results go to {out}/. If this is stopped, go on with\n  {go_on(args)}")
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+    order = data.batches(len(labels["train"]), batch_size, args.seed, lengths)
     if args.compile:
         model.compile()
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    indices = batches(sizes["train"], args.batch_size, args.seed, all_lengths["train"])
-    indices = itertools.islice(indices, done * args.accumulate, None)
-    history, start = [], time.time()  # loss and accuracy of each forward pass since the last evaluation
 
-    steps = range(done + 1, args.steps + 1)
-    for step in tqdm(steps, "train", args.steps, initial=done, unit="step", disable=RANK > 0):
-        # The rate of this step. What is random depends on the step alone, so a resumed run is the same run.
+    # Run folder. Process 0 alone evaluates, logs and saves.
+    flags = {name: value for name, value in vars(args).items()
+             if name not in ("out", "device", "resume", "eval", "predict")}  # those of the call
+    last = {"step": 0, "best_loss": math.inf, "log_size": 0}
+    if args.resume:
+        last = load_checkpoint(f"{args.out}/last.pt", model, splits)
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        order = itertools.islice(order, last["step"] * args.accumulate, None)
+    log, wandb = open_log(args, last["log_size"]) if RANK == 0 else None, None
+    if RANK == 0 and args.wandb:  # the id is a flag, so a resumed run has the same
+        import wandb
+        wandb.init(project=args.wandb, id=args.wandb_id, resume="allow", config=flags, dir=args.out)
+
+    # Train.
+    best_loss, history, start = last["best_loss"], [], time.time()
+    steps = range(last["step"] + 1, args.steps + 1)
+    for step in tqdm(steps, "train", args.steps, initial=last["step"], disable=RANK > 0):
+        # Randomness depends on the step alone, so that a resumed run is the same run.
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
-
-        # Forward and backward. Under torchrun every process takes its share of the batch.
         for _ in range(args.accumulate):
-            tokens, lengths, targets = batch("train", next(indices)[RANK::WORLD])
-            outputs = net(tokens, lengths)
-            loss = loss_fn(outputs, targets)
+            # Under torchrun, each process takes its share of the batch.
+            tokens, real, targets = batch("train", next(order)[RANK::WORLD])
+            with model.autocast:
+                outputs = net(tokens, real)
+                loss = loss_fn(outputs, targets)
             scaler.scale(loss / args.accumulate).backward()
-            accuracy = (predict(outputs.detach()) == targets).float().mean()
-            # Stays on the device: reading it here would make the CPU wait for the GPU at every step.
-            history.append(torch.stack([loss.detach(), accuracy]))
-
-        # Update.
+            # Stays on the device: reading it would make the CPU wait for the GPU at every step.
+            history.append((loss.detach()[None], outputs.detach(), targets))
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+        # Evaluate. The other processes wait for process 0 in their next backward pass.
         if step % args.eval_every and step != args.steps:
             continue
+        losses, outputs, targets = map(torch.cat, zip(*history))
+        train_accuracy = metrics(outputs, targets)["accuracy"].item()
+        history, end = [], time.time()
+        if RANK > 0:
+            continue
+        row = {"step": step, "train_loss": losses.mean().item(),
+               "train_loss_start": losses[0].item(), "train_loss_final": losses[-1].item(),
+               "train_accuracy": train_accuracy,
+               **evaluate(args, model, batch, "validation", splits, loss_fn, metrics),
+               "train_seconds": end - start, "evaluation_seconds": time.time() - end}
+        if not math.isfinite(row["train_loss"] + row["validation_loss"]):
+            sys.exit(f"The loss is not finite before step {step}: try a smaller --lr, or fp32")
 
-        # Evaluate: from here on every --eval_every steps and after the last one.
-        figures = torch.stack(history)
-        if WORLD > 1:
-            dist.all_reduce(figures)
-        losses, accuracies = (figures / WORLD).T.tolist()
-        end = time.time()
-        row = {"step": step, "train_loss": sum(losses) / len(losses), "train_loss_start": losses[0],
-               "train_loss_final": losses[-1], "train_accuracy": sum(accuracies) / len(accuracies),
-               **evaluate("validation"), "train_seconds": end - start}
-        row["evaluation_seconds"] = time.time() - end
-        if not math.isfinite(row["train_loss"]) or row["validation_loss"] is None:
-            sys.exit(f"The loss is no number any more before step {step}: try a smaller --lr, or --amp fp32. "
-                     f"The last good checkpoint is {out}/last.pt")
-
-        # Log.
-        better = not rows or validation_score(row) > max(map(validation_score, rows))
-        rows.append(row)
-        print_table(row)
-        log.write(json.dumps(row) + "\n")
+        # Log and save. A run that is killed between the two files comes here again.
+        write_row(row, log)
         if wandb:
             wandb.log(row, step=step)
-
-        # Save.
-        if RANK == 0:
-            save_checkpoint(step, better)
-        history, start = [], time.time()
+        state = {"flags": flags, "splits": splits, "fingerprint": model.fingerprint,
+                 "step": step, "trained": trained}
+        if row["validation_loss"] < best_loss:
+            best_loss = row["validation_loss"]
+            save(state, f"{args.out}/best.pt")
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "best_loss": best_loss, "log_size": log.tell()}
+        save(state, f"{args.out}/last.pt")
+        start = time.time()
 
     # Test.
-    if WORLD > 1:
-        dist.barrier()  # best.pt is written
-    result = report(out / "best.pt") | vars(args)
+    if RANK > 0:
+        return None
+    result = test(args, model, batch, splits, loss_fn, metrics, f"{args.out}/best.pt") | flags
     log.write(json.dumps(result) + "\n")
-    if RANK == 0:
-        save(load_checkpoint(out / "last.pt") | {"result": result}, out / "last.pt")
     if wandb:
         wandb.summary.update(result)
     return result
 
+def adamw(args, model):
+    """AdamW on what is trained. Matrices decay; norms, biases and positions do not."""
+    groups = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.01)]
+    for p, part in model.named_parts():
+        if p.requires_grad:
+            groups[p.ndim >= 2 and part != "pos"]["params"].append(p)
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
-def save(checkpoint, path):
-    """Write aside, then rename: killed at any instant, this leaves the old file or the new one, whole."""
-    with open(f"{path}.tmp", "wb") as file:  # an OSError where torch.save(path) would raise something else
-        torch.save(checkpoint, file)
-    os.replace(f"{path}.tmp", path)
+def learning_rate(args, step):
+    """The learning rate of step 1, 2, ..., --steps: a linear warm-up, then a cosine to zero."""
+    warmup = min(50, max(1, args.steps // 10))  # AdamW's second moments need some steps to settle
+    return args.lr * min(1, step / warmup) * (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
 
+# ---- Evaluation and checkpoints ------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(args, model, batch, split, splits, loss_fn, metrics):
+    """{"<split>_loss": ..., "<split>_accuracy": ..., ...} over all examples of a split. Without
+    gradients, larger batches fit into memory."""
+    order, results = torch.arange(splits[split][0]), []
+    for index in tqdm(order.split(4 * args.batch_size), split, leave=False):
+        tokens, lengths, targets = batch(split, index)
+        with model.autocast:
+            results.append((model(tokens, lengths), targets))
+    outputs, targets = map(torch.cat, zip(*results))
+    figures = {"loss": loss_fn(outputs, targets), **metrics(outputs, targets)}
+    return {f"{split}_{name}": value.item() for name, value in figures.items()}
 
-def load_checkpoint(path):
-    """A dict that fit() saved. weights_only: code that someone pickled into the file is refused, not run."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["trained"], checkpoint["flags"]["task"], checkpoint["fingerprint"]
-    except Exception as error:  # no file, a broken one, another kind of file
-        sys.exit(f"{path} is missing or no checkpoint of this project ({type(error).__name__})")
-    return checkpoint
+def test(args, model, batch, splits, loss_fn, metrics, path):
+    """Evaluate the checkpoint at path on the test split; with --test 0, on the validation split."""
+    step = load_checkpoint(path, model, splits)["step"]
+    split = "test" if args.test else "validation"
+    return write_row({
+        "step": step, **evaluate(args, model, batch, split, splits, loss_fn, metrics),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters())})
 
-
-def load_trained(args, model, path):
-    """Put the trained parts of a checkpoint into the model. Returns the checkpoint."""
-    checkpoint = load_checkpoint(path)
-    shapes = {name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
-    if (shapes != {name: weight.shape for name, weight in checkpoint["trained"].items()}
-            or not math.isclose(checkpoint["fingerprint"], model.fingerprint, rel_tol=1e-8)):
-        sys.exit(f"{path} was trained on another frozen core than --model {args.model} --seed {args.seed} is")
-    model.load_state_dict(checkpoint["trained"], strict=False)
-    return checkpoint
-
+def write_row(row, log=None):
+    """Print a row as a table, and log it as JSON, which has null for NaN."""
+    row = {name: None if value != value else value for name, value in row.items()}
+    for name, value in row.items():
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        tqdm.write(f"| {name.replace('_', ' '):<28} | {text!s:>13} |")
+    tqdm.write("-" * 48)
+    if log:
+        log.write(json.dumps(row) + "\n")
+    return row
 
 @torch.no_grad()
 def print_prediction(args, model, classes, tokens):
-    """Print the ten likeliest classes and their probabilities for one example, tokens [1, time, ...]."""
-    load_trained(args, model, args.eval)
-    probabilities = model.to(args.device)(tokens.to(args.device))[0].softmax(0)
+    """Print the ten most probable classes of one example, tokens [1, time, ...]."""
+    load_checkpoint(args.eval, model)
+    with model.autocast:
+        probabilities = model(tokens.to(args.device))[0].softmax(0)
     for i in probabilities.argsort(descending=True).tolist()[:10]:
         print(f"{probabilities[i]:7.2%}  {classes[i]}")
 
+def open_log(args, size):
+    """Open and lock the log of the run folder, so that no second run writes there; cut it to size,
+    bytes. Sets args.out, by default to the first free one of runs/<task>, runs/<task>-2, ..."""
+    for i in itertools.count(1):
+        out = args.out or f"runs/{args.task}" + "-demo" * args.demo + f"-{i}" * (i > 1)
+        os.makedirs(out, exist_ok=True)
+        log, is_free = open(f"{out}/log.jsonl", "a", buffering=1), True
+        try:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except OSError as error:  # some network drives have no locks at all
+            is_free = not isinstance(error, BlockingIOError)
+        if is_free and (args.resume or not os.path.exists(f"{out}/last.pt")):
+            args.out = out
+            log.truncate(size)
+            print("DEMO: the data is generated. " * args.demo + f"Results go to {out}/. "
+                  f"To resume after a stop: python train_{args.task}.py --resume 1 --out {out}")
+            return log
+        if args.out:
+            sys.exit(f"--out {out} holds a run. If that run was stopped, --resume 1 resumes it")
 
-# ---- Processes and folders -----------------------------------------------------------------------
-def run(parser, main):
-    """Parse the flags and call main(args), in as many processes as torchrun started."""
-    args = parse(parser)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    if WORLD > 1:
-        if RANK:
-            sys.stdout = open(os.devnull, "w")  # one process prints
-        backend = "nccl" if args.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a download may take as long
-        if LOCAL_RANK:
-            dist.barrier()  # until the first process of this machine has downloaded and decoded
+def save(checkpoint, path):  # atomic write: a kill leaves the old file or the new one, whole
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(checkpoint, file)
+    os.replace(f"{path}.tmp", path)
+
+def load_checkpoint(path, model=None, splits=None):
+    """Returns a checkpoint. Puts its weights into the model, if core and data are the same."""
     try:
-        result = main(args)
-    except KeyboardInterrupt:
-        begun = not args.eval and args.out and (Path(args.out) / "last.pt").exists()
-        print(f"\nStopped. Go on with\n  {go_on(args)}" if begun else "\nStopped.", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:  # a folder that may not be written, a server that is gone
-        sys.exit(f"{type(error).__name__}: {one_line(error)}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of it
+        checkpoint["trained"], checkpoint["flags"]["task"], checkpoint["fingerprint"]
+    except Exception as error:  # no file, a broken one, another kind of file
+        sys.exit(f"{path} is missing or not a checkpoint of fpt.py ({type(error).__name__})")
+    if splits and splits != checkpoint["splits"]:
+        sys.exit(f"{path} belongs to other data, with other sizes or labels: "
+                 f"{checkpoint['splits']}, not {splits}")
+    if model:
+        # Processors and versions of libraries differ by 1e-5 of the numbers' size, cores by 1e-3.
+        ours, theirs = torch.tensor(model.fingerprint), torch.tensor(checkpoint["fingerprint"])
+        if not (ours - theirs).abs().max() < 1e-3 * theirs.abs().mean():
+            sys.exit(f"{path} belongs to another core, with other weights or another config")
+        model.load_state_dict(checkpoint["trained"], strict=False)
+    return checkpoint
+
+# ---- Processes and flags -------------------------------------------------------------------------
+def run(parser, main, demo={}):
+    """Parse the flags and call main(args), in as many processes as torchrun started."""
+    args = parse(parser, demo)
+    if WORLD > 1:  # process 0 prints; evaluations may be long
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        backend = "gloo" if args.device == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
+    result = main(args)
     if WORLD > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     return result
 
+def parse(parser, demo={}):
+    """The command line. With --resume or --eval the flags of the checkpoint are the defaults; those
+    that would make another run, or another model, of it may not be changed."""
+    notebook = re.search("ipykernel|kernel_launcher", sys.argv[0])  # its arguments are not ours
+    argv = [] if notebook else sys.argv[1:]
+    args = parser.parse_args(argv)
+    path = f"{args.out}/last.pt" if args.resume else args.eval
+    saved = load_checkpoint(path)["flags"] if path else {}
+    preset = dict(pretrained=0, layers=2, **demo) if args.demo else {}
+    args = parser.parse_args(argv, argparse.Namespace(**preset | saved | {"task": args.task}))
+    free = ["data", "compile", "wandb"] + ["model", "amp", "batch_size", "test"] * bool(args.eval)
+    for name, value in saved.items():
+        if name not in free and value != getattr(args, name):
+            parser.error(f"{path} has {name} {value}, not {getattr(args, name)}")
 
-def take_folder(args):
-    """Make the run's folder: --out, or the first new one of runs/<task>, runs/<task>-2, ..., for a demo
-    runs/<task>-demo, ... Sets args.out."""
-    first = f"runs/{args.task}-demo" if args.demo else f"runs/{args.task}"
-    names = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
-    while RANK == 0 and not args.out:
-        Path("runs").mkdir(exist_ok=True)
-        name = next(names)
+    # Flags that do not go together, and what the machine lacks.
+    parts, gpu = set(args.train.split(",")), torch.cuda.is_available()
+    unset = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    args.device = args.device.replace("auto", "cuda" if gpu else "cpu")
+    for is_wrong, message in (
+            (args.train != "all" and parts - set(PARTS), f"--train: all, or some of {PARTS}"),
+            (args.layers == 0 and parts & {"attn", "ff"}, "--layers 0 leaves no attn or ff"),
+            (args.init_std is not None and args.pretrained, "--init_std needs --pretrained 0"),
+            (args.resume and (args.eval or not args.out), "--resume 1 needs --out, and no --eval"),
+            (args.predict and not args.eval, "--predict needs --eval"),
+            ("RANK" in os.environ and unset, f"RANK is set, so torchrun should set {unset}, too"),
+            (args.batch_size % WORLD, f"--batch_size: not a multiple of the {WORLD} processes"),
+            (args.device != "cpu" and not gpu, f"--device {args.device}: torch finds no CUDA GPU")):
+        if is_wrong:
+            parser.error(message)
+    if args.device != "cpu" and WORLD > 1:
+        args.device = f"cuda:{RANK % torch.cuda.device_count()}"
+        torch.cuda.set_device(args.device)
+    if args.amp == "auto" and args.device == "cpu":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
+        args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+    elif args.amp == "auto":  # a T4 emulates bf16, many times slower than its fp16
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if args.wandb and RANK == 0:
         try:
-            Path(name).mkdir()  # of runs that start at once only one can
-            args.out = name
-        except FileExistsError:
-            pass
-    if WORLD > 1:
-        shared = [args.out]
-        dist.broadcast_object_list(shared)
-        args.out = shared[0]
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-
-
-def go_on(args):
-    """The command that goes on with this run."""
-    start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{start} train_{args.task}.py --resume 1 --out {shlex.quote(args.out)}"
-
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# ---- Flags ---------------------------------------------------------------------------------------
-# These belong to a machine or to one call, not to a run.
-OF_THIS_CALL = {"out", "device", "compile", "resume", "eval", "predict"}
-
+            import wandb
+            wandb.login()
+        except Exception as error:  # not installed, or nobody is logged in
+            parser.error(f"--wandb: {error}")
+    return args
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show every default, and the script's docstring as it was written."""
 
+def at_least(minimum, kind=int):  # a type for argparse: a finite number, not below the minimum
+    def number(text):
+        if not minimum <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is below {minimum} or not finite")
+        return kind(text)
+    return number
 
-def number(kind, least, below=math.inf):
-    """A type for argparse: an int or a float from `least` on, below `below`."""
-    def number_in_range(value):
-        if not least <= kind(value) < below:
-            raise argparse.ArgumentTypeError(f"{value} is not from {least} to below {below}")
-        return kind(value)
-
-    number_in_range.__name__ = kind.__name__  # what argparse calls it when the text is no number at all
-    return number_in_range
-
-
-def flags(task, doc, demo, **defaults):
-    """The flags that all scripts share.
-
-    task: the script's name without train_; defaults: the task's own; demo: those of its --demo 1
-    """
-    # Without the usage, thirty lines, an error is one line.
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, formatter_class=HelpFormatter)
-    parser.demo = {"pretrained": 0, "layers": 2} | demo
-    switch = {"type": int, "choices": [0, 1]}
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="gpt2", help=f"hub name or folder of: {SUPPORTED}")
-    add("--pretrained", **switch, default=1, help="1: its weights; 0: random ones in the same blocks")
-    add("--layers", type=number(int, 0), help="use the first blocks only; 0: no block, the floor; None: all")
-    add("--init_std", type=number(float, 0), help="std of random weights; None: 1/sqrt(width); GPT-2: 0.02")
-    add("--in_scale", type=number(float, 0), default=0.1, help="std of a token vector's numbers at the start")
-    add("--train", default="in,out,ln,pos", help=f"what to train: all, or some of {','.join(PARTS)}")
-    add("--pool", choices=["mean", "last"], default="mean", help="what the output layer reads of the tokens")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=number(int, 1), default=1000, help="gradient steps")
-    add("--batch_size", type=number(int, 1), default=32, help="examples a forward pass, over all processes")
-    add("--accumulate", type=number(int, 1), default=1, help="forward passes a gradient step")
-    add("--lr", type=number(float, 0), default=3e-3, help="AdamW's peak learning rate")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's, on matrices")
-    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of the matrix products")
+def flags(task, doc, **defaults):
+    """The flags that all scripts share. task: the script's name without train_; its defaults."""
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, formatter_class=HelpFormatter)
+    add, switch, path = parser.add_argument, dict(type=int, choices=[0, 1]), os.path.expanduser
+    add("--model", type=path, default="gpt2", help="hub name or folder: " + ", ".join(MODEL_TYPES))
+    add("--pretrained", **switch, default=1, help="1: its weights; 0: random ones, the same blocks")
+    add("--layers", type=at_least(0), help="use the first blocks only; 0: none; None: all")
+    add("--init_std", type=at_least(0, float), help="std of random weights; None: 1/sqrt(width)")
+    add("--train", default="in,out,ln,pos", help=f"all, or some of {','.join(PARTS)}")
+    add("--pool", choices=["auto", "last", "mean"], default="auto", help="tokens that are read out")
+    add("--steps", type=at_least(1), default=1000, help="gradient steps")
+    add("--batch_size", type=at_least(1), default=32, help="examples a forward pass, all processes")
+    add("--accumulate", type=at_least(1), default=1, help="forward passes a gradient step")
+    add("--lr", type=at_least(0, float), default=3e-3, help="peak learning rate of AdamW")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of matrix products")
     add("--compile", **switch, default=0, help="1: torch.compile the model")
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto: cuda if there is one")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation")
-    add = parser.add_argument_group("evaluation and files").add_argument
-    add("--eval_every", type=number(int, 1), default=250, help="gradient steps between evaluations")
-    add("--test", **switch, default=1, help="0: leave the test split closed")
-    add("--data", default="data", help="folder of the data sets")
-    add("--out", help="folder of the run; None: the next free runs/<task>")
-    add("--resume", **switch, default=0, help="1: go on with the run in --out")
-    add("--eval", metavar="PATH", help="only evaluate this checkpoint, with its flags but amp, data, test")
-    add("--predict", metavar="INPUT", help="with --eval: what it says about this input")
+    add("--seed", type=at_least(0), default=0, help="of weights, order of the data, augmentation")
+    add("--eval_every", type=at_least(1), default=250, help="steps between evaluations (and saves)")
+    add("--test", **switch, default=1, help="0: leave the test split unread")
+    add("--data", type=path, default="data", help="folder of the data sets")
+    add("--out", type=path, help="run folder; None: the first free runs/<task>, runs/<task>-2, ...")
+    add("--resume", **switch, default=0, help="1: resume the run in --out")
+    add("--eval", type=path, metavar="PATH", help="only evaluate this checkpoint")
+    add("--predict", type=path, metavar="INPUT", help="with --eval: classify this input")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
-    add("--demo", **switch, default=0, help="1: a smoke test: generated data, two random blocks")
+    add("--demo", **switch, default=0, help="1: smoke test, generated data, two random blocks")
     parser.set_defaults(task=task, wandb_id=os.urandom(4).hex(), **defaults)
     return parser
-
-
-def parse(parser):
-    """Parse the command line on top of the flags of the checkpoint, if there is one. Returns a Namespace."""
-    argv = [] if sys.argv[0].endswith("_launcher.py") else sys.argv[1:]  # a notebook's own are the kernel's
-    args = parser.parse_args(argv)
-    if args.predict and (not args.eval or WORLD > 1):
-        parser.error("--predict needs the checkpoint that shall predict, --eval PATH, and a single process")
-    if "" in (args.out, args.eval, args.predict):
-        parser.error("--out, --eval and --predict cannot be empty: is a variable of the shell not set?")
-    if args.resume and args.eval:
-        parser.error("--eval only evaluates, --resume 1 goes on training: choose one")
-    if args.resume and not args.out:
-        parser.error("--resume 1 needs the folder of the run: --out")
-
-    # A checkpoint brings the flags of its run.
-    last = Path(args.out or "") / "last.pt"
-    path = args.eval or last
-    saved = load_checkpoint(path)["flags"] if args.eval or args.resume else {}
-    if saved and saved["task"] != args.task:
-        sys.exit(f"{path} belongs to the task {saved['task']}, not to {args.task}")
-    if args.out and last.with_name("best.pt").exists() and not (args.resume or args.eval):
-        sys.exit(f"--out {args.out} holds a run: choose another folder, or go on with it by --resume 1")
-    ignored = OF_THIS_CALL | ({"amp", "data", "test"} if args.eval else set())
-    saved = {name: value for name, value in saved.items() if name not in ignored}
-    preset = (parser.demo if args.demo else {}) | saved
-    args = parser.parse_args(argv, argparse.Namespace(**preset))
-    # Folders may move, as the weights in them are compared. An evaluation may have less memory.
-    may_change = {"model", "data", "wandb"} | ({"batch_size"} if args.eval else set())
-    changed = [f"--{name} {getattr(args, name)} (was {value})" for name, value in saved.items()
-               if getattr(args, name) != value and name not in may_change]
-    if changed:
-        sys.exit(f"{path} is of a run with other flags, leave out {', '.join(changed)}")
-
-    # What depends on the machine.
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.startswith("cuda") and WORLD > 1:
-        args.device = f"cuda:{LOCAL_RANK}"
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"--device {args.device}: cpu or cuda")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"--device {args.device} cannot be used, --device cpu always can ({one_line(error)})")
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
-    if args.amp == "auto" and args.device.startswith("cuda"):
-        # A T4 says it supports bf16 because it emulates it, many times slower than its fp16.
-        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif args.amp == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
-        args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
-
-    # Flags that have no effect or cannot be met.
-    trained = set(args.train.split(","))
-    if args.train != "all" and not trained <= set(PARTS):
-        parser.error(f"--train {args.train}: all, or some of {','.join(PARTS)}")
-    if args.layers == 0 and trained & {"attn", "ff"}:
-        parser.error(f"--train {args.train} names parts of the blocks, --layers 0 leaves none")
-    if args.init_std is not None and args.pretrained:
-        parser.error("--init_std is the scale of random weights: --pretrained 0")
-    if args.batch_size % WORLD:
-        parser.error(f"--batch_size {args.batch_size} must be a multiple of {WORLD}, the processes")
-    if args.demo:
-        print("DEMO: the data is generated on this machine; the result says nothing about the real task.")
-    return args

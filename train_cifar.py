@@ -1,10 +1,10 @@
-"""CIFAR-10: 32x32 images of ten classes, one square patch of pixels a token.
+"""CIFAR-10: 32x32 images of ten classes. A token is a square patch of pixels.
 
-    python train_cifar.py                       # pretrained GPT-2, frozen
-    python train_cifar.py --pretrained 0        # random weights, frozen
-    python train_cifar.py --pretrained 0 --layers 0    # no block at all
-    python train_cifar.py --patch_size 8        # a quarter of the tokens, a quarter of the time
-    python train_cifar.py --demo 1              # generated images, no download
+    python train_cifar.py                              # pretrained GPT-2, frozen
+    python train_cifar.py --pretrained 0               # random weights, frozen
+    python train_cifar.py --pretrained 0 --layers 0    # the baseline without blocks
+    python train_cifar.py --patch_size 8               # a quarter of the tokens and of the time
+    python train_cifar.py --demo 1                     # generated images, no download
     python train_cifar.py --eval runs/cifar/best.pt --predict cat.png
 """
 import torch
@@ -13,26 +13,25 @@ import data
 import fpt
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of the training pixels: red, green, blue
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of the training pixels, RGB
 
-parser = fpt.flags("cifar", __doc__, steps=2500, demo=dict(steps=60, eval_every=30, patch_size=8, augment=0))
-parser.add_argument("--patch_size", type=int, choices=[1, 2, 4, 8, 16, 32], default=4, help="side in pixels")
-parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift and mirror the images")
-
+parser = fpt.flags("cifar", __doc__, steps=2500, eval_every=625)
+parser.add_argument("--patch_size", type=int, choices=[1, 2, 4, 8, 16, 32], default=4)
+parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift and mirror")
 
 def to_tokens(images, patch_size):
-    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches in reading order, patch_size * patch_size * 3]"""
-    # Not made on the GPU, which would have to be waited for in every step.
-    mean, std = (torch.tensor(numbers).to(images.device, non_blocking=True) for numbers in (MEAN, STD))
+    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches, numbers], the patches row by row."""
+    # non_blocking, so that the CPU does not wait for the GPU in every step.
+    mean = torch.tensor(MEAN).to(images.device, non_blocking=True)
+    std = torch.tensor(STD).to(images.device, non_blocking=True)
     pixels = (images / 255 - mean) / std
     count, side = len(pixels), 32 // patch_size
     # [image, row, y, column, x, colour] -> [image, row, column, y, x, colour]
     grid = pixels.view(count, side, patch_size, side, patch_size, 3).transpose(2, 3)
     return grid.reshape(count, side * side, patch_size * patch_size * 3)
 
-
-def shift_and_mirror(images):
-    """Move each image [batch, 32, 32, 3] by up to 4 pixels, repeating its border, and mirror half of them."""
+def augment(images):
+    """Shift each image [batch, 32, 32, 3] by up to 4 pixels, repeating its border; mirror half."""
     count, side = images.shape[:2]
     pixel = torch.arange(side, device=images.device)
     rows = (pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1)
@@ -42,29 +41,29 @@ def shift_and_mirror(images):
     example = torch.arange(count, device=images.device)
     return images[example[:, None, None], rows[:, :, None], columns[:, None, :]]
 
+def load(args):
+    """The data for fpt.fit(): batch(split, index), and the labels of each split."""
+    splits = data.cifar10(args.data, args.demo)
+    labels = {split: y for split, (_, y) in splits.items()}
+    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
+
+    def batch(split, index):
+        x, y = splits[split]
+        index = index.to(args.device, non_blocking=True)
+        images = x[index]
+        if split == "train" and args.augment:
+            images = augment(images)
+        return to_tokens(images, args.patch_size), None, y[index]
+
+    return batch, labels
 
 def main(args):
     side = args.patch_size
     model = fpt.FPT(args, inputs=3 * side * side, outputs=10, time=(32 // side) ** 2)
-    if args.predict:
-        image = data.read_image(args.predict, "RGB", 32, ground=255)
-        return fpt.print_prediction(args, model, CLASSES, to_tokens(image[None], side))
-
-    splits = data.cifar10(args.data, args.demo)
-    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    dummy = splits["train"][1].mode().values.item()
-    splits = {split: [part.to(args.device) for part in parts] for split, parts in splits.items()}
-
-    def batch(split, index):
-        images, labels = splits[split]
-        index = index.to(args.device, non_blocking=True)
-        images = images[index]
-        if split == "train" and args.augment:
-            images = shift_and_mirror(images)
-        return to_tokens(images, side), None, labels[index]
-
-    return fpt.fit(args, model, batch, sizes, dummy)
-
+    if not args.predict:
+        return fpt.fit(args, model, *load(args))
+    image = data.read_image(args.predict, "RGB", 32, ground=255)
+    fpt.print_prediction(args, model, CLASSES, to_tokens(image[None], side))
 
 if __name__ == "__main__":
-    fpt.run(parser, main)
+    fpt.run(parser, main, demo=dict(steps=60, eval_every=30, patch_size=8, augment=0))

@@ -1,11 +1,10 @@
-"""The sum of n MNIST digits (MNISTDigitAddition), one 28x28 digit a token; n = 1 is plain MNIST.
+"""MNISTDigitAddition: the sum of n MNIST digits. A token is a 28x28 digit; n = 1 is plain MNIST.
 
-    python train_mnist_add.py --n 2                     # pretrained GPT-2, frozen, on sums of two digits
-    python train_mnist_add.py --n 2 --pretrained 0      # random weights, frozen
-    python train_mnist_add.py --n 2 --pretrained 0 --layers 0   # no block at all
+    python train_mnist_add.py                           # pretrained GPT-2, frozen, sums of two
+    python train_mnist_add.py --pretrained 0 --layers 0    # the baseline without blocks
     python train_mnist_add.py --n 10 --loss l1          # sums of ten, as a regression
-    python train_mnist_add.py --demo 1                  # digits of a font, no download
-    python train_mnist_add.py --eval runs/mnist_add/best.pt --predict three.png,four.png    # white on black
+    python train_mnist_add.py --demo 1                  # generated images, no download
+    python train_mnist_add.py --eval runs/mnist_add/best.pt --predict 3.png,4.png  # white on black
 """
 import torch
 import torch.nn.functional as F
@@ -13,74 +12,64 @@ import torch.nn.functional as F
 import data
 import fpt
 
-demo = dict(n=1, steps=120, eval_every=40)
-parser = fpt.flags("mnist_add", __doc__, steps=6000, batch_size=64, eval_every=1000, demo=demo)
-parser.add_argument("--n", type=fpt.number(int, 1), default=2, help="digits to add")
-parser.add_argument("--loss", choices=["ce", "l1", "mse"], default="ce", help="ce: each sum is a class")
-parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale, shift a little")
-
+parser = fpt.flags("mnist_add", __doc__, steps=6000, batch_size=64, eval_every=1000)
+parser.add_argument("--n", type=fpt.at_least(1), default=2, help="digits to add")
+parser.add_argument("--loss", choices=["ce", "l1"], default="ce", help="classes, regression")
+parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale, shift")
 
 def to_tokens(images):
-    """Pixels 0..255 [batch, n, 28, 28] -> float [batch, n, 784], mean 0 and standard deviation 1."""
+    """Pixels 0..255 [batch, n, 28, 28] -> float32 [batch, n, 784], mean 0, standard deviation 1."""
     return (images.flatten(2) / 255 - 0.1307) / 0.3081
 
-
-def jiggle(images):
-    """Turn each image [batch, n, 28, 28] by up to 12 degrees, scale it by 15 % and shift it by 2 pixels."""
+def augment(images):
+    """Turn each digit [batch, n, 28, 28] by up to 12 degrees, scale it by 15 %, shift 2 pixels."""
     batch, n, side, _ = images.shape
     random = torch.rand(4, batch * n, device=images.device) * 2 - 1
-    turn, scale, shift = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
+    turn, scale, (x, y) = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
     cosine, sine = turn.cos() * scale, turn.sin() * scale
-    rows = torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)
-    grid = F.affine_grid(torch.stack(rows, 1), (batch * n, 1, side, side), align_corners=False)
-    return F.grid_sample(images.view(-1, 1, side, side), grid, align_corners=False).view_as(images)
+    matrices = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, (batch * n, 1, side, side), align_corners=False)
+    images = images.view(-1, 1, side, side)
+    return F.grid_sample(images, grid, align_corners=False).view(batch, n, side, side)
 
-
-def main(args):
-    regression = args.loss != "ce"
-    mean, spread = 4.5 * args.n, 2.87 * args.n ** 0.5  # of the sums; a regression predicts in these units
-    model = fpt.FPT(args, inputs=28 * 28, outputs=1 if regression else 9 * args.n + 1, time=args.n)
-    if args.predict:
-        images = [data.read_image(path, "L", 28, ground=0) for path in args.predict.split(",")]
-        if len(images) != args.n or regression:
-            parser.error(f"--predict takes {args.n} images here (--n {args.n}) and a checkpoint of --loss ce")
-        return fpt.print_prediction(args, model, range(9 * args.n + 1), to_tokens(torch.stack(images)[None]))
-
+def load(args):
+    """The data for fpt.fit(): batch(split, index), and the labels of each split, single digits."""
     splits = data.mnist(args.data, args.demo)
-    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    # The sums of validation and test are fixed. In training each is drawn anew.
-    fixed = {split: data.sum_indices(size, args.n).to(args.device) for split, size in sizes.items()}
-    dummy = splits["train"][1][fixed["train"].cpu()].sum(1).mode().values.item()
-    splits = {split: [part.to(args.device) for part in parts] for split, parts in splits.items()}
+    labels = {split: y for split, (_, y) in splits.items()}
+    sums = {split: data.sum_indices(len(y), args.n).to(args.device) for split, y in labels.items()}
+    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
 
     def batch(split, index):
-        images, labels = splits[split]
-        index = index.to(args.device, non_blocking=True)
-        if split == "train":  # each digit leads one sum an epoch; the others are drawn anew every time
-            digits = torch.randint(len(images), (len(index), args.n), device=args.device)
-            digits[:, 0] = index
-        else:
-            digits = fixed[split][index]
-        pixels = images[digits].float()
+        x, y = splits[split]
+        digits = sums[split][index.to(args.device, non_blocking=True)]
+        if split == "train":  # all but the first digit of a training sum are drawn each time
+            digits[:, 1:] = torch.randint(len(x), digits[:, 1:].shape, device=args.device)
+        images = x[digits].float()
         if split == "train" and args.augment:
-            pixels = jiggle(pixels)
-        return to_tokens(pixels), None, labels[digits].sum(1)
+            images = augment(images)
+        return to_tokens(images), None, y[digits].sum(1)
+    return batch, labels
 
+def main(args):
+    outputs = 9 * args.n + 1 if args.loss == "ce" else 1
+    model = fpt.FPT(args, inputs=28 * 28, outputs=outputs, time=args.n)
+    mean, std = 4.5 * args.n, 2.87 * args.n ** 0.5  # of the sums, which a regression standardises
     def loss_fn(outputs, targets):
-        if not regression:
+        if args.loss == "ce":
             return F.cross_entropy(outputs, targets)
-        loss = F.l1_loss if args.loss == "l1" else F.mse_loss
-        return loss(outputs[:, 0], (targets - mean) / spread)
-
-    def predict(outputs):
-        return (outputs[:, 0] * spread + mean).round().long() if regression else outputs.argmax(1)
-
-    def errors(outputs, targets):
-        error = (predict(outputs) - targets).double()
-        return {"mae": error.abs().mean().item(), "mse": error.square().mean().item()}
-
-    return fpt.fit(args, model, batch, sizes, dummy, loss_fn=loss_fn, predict=predict, metrics=errors)
-
+        return F.l1_loss(outputs[:, 0], (targets - mean) / std)
+    def metrics(outputs, targets):
+        if args.loss == "l1":  # round to a sum, as a classifier would
+            sums = (outputs[:, 0] * std + mean).round().clamp(0, 9 * args.n)
+            outputs = F.one_hot(sums.long(), 9 * args.n + 1)
+        error = (outputs.argmax(1) - targets).abs().float()
+        return fpt.accuracy(outputs, targets) | {"mae": error.mean()}
+    if not args.predict:
+        return fpt.fit(args, model, *load(args), loss_fn=loss_fn, metrics=metrics)
+    images = [data.read_image(path, "L", 28, ground=0) for path in args.predict.split(",")]
+    if len(images) != args.n or args.loss == "l1":
+        parser.error(f"--predict needs {args.n} images (--n), and a checkpoint of --loss ce")
+    fpt.print_prediction(args, model, range(outputs), to_tokens(torch.stack(images)[None]))
 
 if __name__ == "__main__":
-    fpt.run(parser, main)
+    fpt.run(parser, main, demo=dict(n=1, steps=60, eval_every=30, augment=0))

@@ -1,10 +1,10 @@
-"""Speech Commands v0.02: one second of speech, one word of 35, a stretch of sound a token.
+"""Speech Commands v0.02: one second of speech, one word of 35. A token is 20 ms of sound.
 
-    python train_speech.py                      # pretrained GPT-2, frozen, on log-mel frames
-    python train_speech.py --pretrained 0       # random weights, frozen
-    python train_speech.py --pretrained 0 --layers 0   # no block at all
-    python train_speech.py --tokens wave        # 80 raw samples at 8 kHz a token
-    python train_speech.py --demo 1             # generated tones, no download
+    python train_speech.py                              # pretrained GPT-2, frozen
+    python train_speech.py --pretrained 0               # random weights, frozen
+    python train_speech.py --pretrained 0 --layers 0    # the baseline without blocks
+    python train_speech.py --tokens wave                # a token is 80 raw samples at 8 kHz
+    python train_speech.py --demo 1                     # generated tones, no download
     python train_speech.py --eval runs/speech/best.pt --predict clip.wav
 """
 import sys
@@ -16,74 +16,57 @@ import torchaudio
 import data
 import fpt
 
-parser = fpt.flags("speech", __doc__, steps=1500, demo=dict(steps=40, eval_every=20, batch_size=16))
-parser.add_argument("--tokens", choices=["mel", "wave"], default="mel", help="what a token holds")
-parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift training clips a little")
-
 TIMES = {"mel": 51, "wave": 100}  # tokens in a clip
+MEL = torchaudio.transforms.MelSpectrogram(data.SPEECH_RATE, 1024, 640, 320, n_mels=80)
+RESAMPLE = torchaudio.transforms.Resample(data.SPEECH_RATE, 8000)
 
+parser = fpt.flags("speech", __doc__, steps=2000, eval_every=1000)
+parser.add_argument("--tokens", choices=TIMES, default="mel", help="log-mel frames or raw samples")
+parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift in time")
 
-def tokenizer(tokens, device):
-    """Returns a function: int16 [batch, 16000] -> float [batch, time, 80].
-
-    mel: 51 frames, one every 20 ms, of 80 log-mel energies. wave: 100 stretches of 80 samples at 8 kHz.
-    Each clip gets mean 0 and standard deviation 1, because how loud it is does not tell the word.
-    """
+def to_tokens(waves, tokens):
+    """int16 [batch, 16000] -> float32 [batch, time, 80]. mel: 80 log-mel energies every 20 ms.
+    wave: 80 samples at 8 kHz. Each clip is standardised: its loudness does not tell the word."""
+    waves = waves / 32768
     if tokens == "mel":
-        frames = dict(n_fft=1024, win_length=640, hop_length=320, n_mels=80)
-        mel = torchaudio.transforms.MelSpectrogram(data.SPEECH_RATE, **frames).to(device)
+        features = (MEL.to(waves.device)(waves) + 1e-6).log().transpose(1, 2)
     else:
-        resample = torchaudio.transforms.Resample(data.SPEECH_RATE, 8000).to(device)
+        features = RESAMPLE.to(waves.device)(waves).unflatten(1, (100, 80))
+    return F.layer_norm(features, features.shape[1:], eps=1e-10)  # 1e-5 is as large as a quiet wave
 
-    def to_tokens(waves):
-        waves = waves / 32768
-        if tokens == "mel":
-            features = (mel(waves) + 1e-6).log().transpose(1, 2)
-        else:
-            features = resample(waves).unflatten(1, (100, 80))
-        return F.layer_norm(features, features.shape[1:], eps=1e-10)  # 1e-5 is as large as a quiet wave
-
-    return to_tokens
-
-
-def shift(waves, most):
-    """Move each clip [batch, samples] by up to `most` samples. What leaves at one end comes in at the other,
-    because silence there would mark every training clip."""
+def augment(waves):
+    """Shift each clip [batch, samples] by up to 0.1 s. What leaves at one end enters at the other,
+    because silence there would mark the training clips."""
     count, samples = waves.shape
-    start = torch.randint(-most, most + 1, (count, 1), device=waves.device)
-    return waves.gather(1, (start + torch.arange(samples, device=waves.device)) % samples)
+    shift = torch.randint(-samples // 10, samples // 10 + 1, (count, 1), device=waves.device)
+    return waves.gather(1, (shift + torch.arange(samples, device=waves.device)) % samples)
 
-
-def main(args):
-    to_tokens = tokenizer(args.tokens, args.device)
-    if args.predict:
-        samples = torch.from_numpy(data.read_wav(args.predict).copy())
-        if len(samples) > data.SPEECH_RATE:
-            print(f"{args.predict} is longer than a second: only its first second is heard")
-        wave = F.pad(samples, (0, data.SPEECH_RATE))[None, :data.SPEECH_RATE].to(args.device)
-        model = fpt.FPT(args, inputs=80, outputs=len(args.classes), time=TIMES[args.tokens])
-        return fpt.print_prediction(args, model, args.classes, to_tokens(wave))
-
+def load(args):
+    """The data for fpt.fit(): batch(split, index), the labels of each split. Sets args.words."""
     splits = data.speech_commands(args.data, args.demo)
-    classes = splits.pop("classes")
-    if getattr(args, "classes", classes) != classes:
-        sys.exit(f"{args.data} holds the words {' '.join(classes)}, the run {' '.join(args.classes)}")
-    args.classes = classes  # a checkpoint keeps the flags, and with them the words
-    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    dummy = splits["train"][1].mode().values.item()
-    splits = {split: [part.to(args.device) for part in parts] for split, parts in splits.items()}
+    words = splits.pop("words")
+    if vars(args).setdefault("words", words) != words:  # a flag, so that checkpoints keep it
+        sys.exit(f"{args.data} has the words {words}, the run has {args.words}")
+    labels = {split: y for split, (_, y) in splits.items()}
+    splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
 
     def batch(split, index):
-        waves, labels = splits[split]
+        x, y = splits[split]
         index = index.to(args.device, non_blocking=True)
-        waves = waves[index]
+        waves = x[index]
         if split == "train" and args.augment:
-            waves = shift(waves, data.SPEECH_RATE // 10)
-        return to_tokens(waves), None, labels[index]
+            waves = augment(waves)
+        return to_tokens(waves, args.tokens), None, y[index]
 
-    model = fpt.FPT(args, inputs=80, outputs=len(args.classes), time=TIMES[args.tokens])
-    return fpt.fit(args, model, batch, sizes, dummy)
+    return batch, labels
 
+def main(args):
+    batch_and_labels = None if args.predict else load(args)  # first, as it sets args.words
+    model = fpt.FPT(args, inputs=80, outputs=len(args.words), time=TIMES[args.tokens])
+    if not args.predict:
+        return fpt.fit(args, model, *batch_and_labels)
+    wave = torch.tensor(data.read_wav(args.predict))  # of a longer clip, the first second
+    fpt.print_prediction(args, model, args.words, to_tokens(wave[None], args.tokens))
 
 if __name__ == "__main__":
-    fpt.run(parser, main)
+    fpt.run(parser, main, demo=dict(steps=40, eval_every=20, batch_size=16))
