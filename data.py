@@ -218,7 +218,7 @@ def molecule_ids(smiles, tokens):
     from rdkit import Chem, RDLogger
     from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
     RDLogger.DisableLog("rdApp.*")
-    smiles = smiles.strip()  # RDKit would ignore what follows a space, or a letter that is not ASCII
+    smiles = smiles.strip()  # RDKit would ignore what follows a space, and what is not ASCII
     molecule = Chem.MolFromSmiles(smiles) if all("!" <= x <= "~" for x in smiles) else None
     if molecule is None or molecule.GetNumAtoms() == 0:
         return None
