@@ -1,0 +1,332 @@
+"""Does a frozen pretrained transformer transfer? Six panels, five conditions, five seeds.
+
+    python .results/transfer.py                             # train what is missing, of all panels
+    python .results/transfer.py --panels smollm2-sums       # of this panel only
+    python .results/transfer.py --equal_time                # also: no blocks, as long as pretrained
+    python .results/transfer.py --probe                     # what the blocks do, before and after
+    python .results/transfer.py --test                      # once, at the end: read the test sets
+
+Run it from the top folder; figures.py makes tables and figure of what it writes. A finished run is
+a line of .results/transfer.jsonl and is not repeated; several processes share the runs among them
+(OMP_NUM_THREADS=1 gives each a core). Design and hypotheses: .results/README.md.
+"""
+import argparse
+import csv
+import fcntl
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+
+sys.path.insert(0, ".")
+import data  # noqa: E402
+import fpt  # noqa: E402
+
+# A core is a folder in cores/: HuggingFaceTB/SmolLM2-135M-Instruct, openai/whisper-base and
+# facebook/dinov2-small. The last two are controls: there the modality is that of pretraining.
+PANELS = {"smollm2-sums": ("smollm2", "sums"), "smollm2-smiles": ("smollm2", "smiles"),
+          "smollm2-speech": ("smollm2", "speech"), "whisper-speech": ("whisper", "speech"),
+          "smollm2-cifar": ("smollm2", "cifar"), "dinov2-cifar": ("dinov2", "cifar")}
+TASKS = {"sums": ("train_mnist_add.py --n 2", 2000), "smiles": ("train_cyp3a4.py", 300),
+         "speech": ("train_speech.py", 600), "cifar": ("train_cifar.py", 1000)}
+LAYERS = 6  # Whisper's encoder has no more
+CONDITIONS = ("no blocks", "random", "scaled", "shuffled", "pretrained")
+DRAWN = ("scaled", "shuffled")  # their matrices, for every seed
+RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
+FIRST_RATES = (2, 5)  # the grid begins as 1e-3 to 3e-2
+TUNING_SEED, SEEDS = 9, (3, 4, 5, 6, 7)
+LINES, ARRAYS = Path(".results/transfer.jsonl"), Path(".results/transfer.npz")
+PROBE, RUNS = Path(".results/transfer-probe.jsonl"), Path("runs/transfer")
+Run = namedtuple("Run", "panel condition lr seed steps")
+
+# ---- Cores ---------------------------------------------------------------------------------------
+def core_folder(run, cores):
+    core = PANELS[run.panel][0]
+    is_drawn = run.condition in DRAWN
+    return cores / "transfer" / f"{core}-{run.condition}-{run.seed}" if is_drawn else cores / core
+
+def make_core(run, cores):
+    """Write the six blocks of a drawn condition. Biases, norms, positions stay as pretrained."""
+    folder = core_folder(run, cores)
+    if run.condition not in DRAWN or folder.exists():
+        return
+    model = AutoModel.from_pretrained(cores / PANELS[run.panel][0], dtype=torch.float32)
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    del blocks[LAYERS:]
+    for i, p in enumerate(p for p in blocks.parameters() if p.ndim >= 2):
+        if run.condition == "scaled":
+            p.data = fpt.normal(p.shape, p.std().item(), run.seed, i)
+        else:
+            order = np.random.default_rng([run.seed, i]).permutation(p.numel())
+            p.data = p.data.flatten()[torch.from_numpy(order)].view_as(p)
+    changes = {"num_hidden_layers": LAYERS}
+    if model.config.model_type in fpt.TEXT:  # the embedding is not used, and larger than the blocks
+        model.set_input_embeddings(nn.Embedding(1, model.config.hidden_size))
+        changes |= {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None,
+                    "pad_token_id": None}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        model.save_pretrained(new)
+        config = json.loads((new / "config.json").read_text()) | changes
+        for name in "out_features", "out_indices", "stage_names":  # of DINOv2's twelve blocks
+            config.pop(name, None)
+        (new / "config.json").write_text(json.dumps(config))
+        new.rename(folder)
+
+# ---- Which runs ----------------------------------------------------------------------------------
+def finished():
+    """{Run: its line}"""
+    done = {}
+    for text in LINES.read_text().splitlines() if LINES.exists() else []:
+        line = json.loads(text)
+        done[Run(*(line[name] for name in Run._fields))] = line
+    return done
+
+def validation_loss(line):
+    return math.inf if line["validation_loss"] is None else line["validation_loss"]
+
+def tune(panel, condition, done):
+    """The tuning runs that are missing and, if there are none, the best learning rate."""
+    low, high = FIRST_RATES
+    steps = TASKS[PANELS[panel][1]][1] // 4
+    while True:
+        runs = [Run(panel, condition, lr, TUNING_SEED, steps) for lr in RATES[low:high + 1]]
+        missing = [run for run in runs if run not in done]
+        if missing:
+            return missing, None
+        best = RATES.index(min(runs, key=lambda run: validation_loss(done[run])).lr)
+        if best == low and low > 0:  # while an end of the grid wins, its neighbour is tried
+            low -= 1
+        elif best == high and high + 1 < len(RATES):
+            high += 1
+        else:
+            return [], RATES[best]
+
+def full_runs(panel, condition, done):
+    """The five runs that count, or [] while their learning rate is not known."""
+    lr, steps = tune(panel, condition, done)[1], TASKS[PANELS[panel][1]][1]
+    return [Run(panel, condition, lr, seed, steps) for seed in SEEDS] if lr else []
+
+def equal_time_run(panel, done):
+    """No blocks, trained for as long as pretrained takes, or None while the times are not known."""
+    seconds = []
+    for condition in "pretrained", "no blocks":
+        runs = full_runs(panel, condition, done)
+        if not runs or not all(run in done for run in runs):
+            return None
+        seconds.append(statistics.median(done[run]["train_seconds"] for run in runs))
+    return runs[0]._replace(steps=round(runs[0].steps * seconds[0] / seconds[1]))
+
+def missing_runs(args, done):
+    runs = []
+    for panel in args.panels:
+        for condition in CONDITIONS:
+            runs += tune(panel, condition, done)[0] or full_runs(panel, condition, done)
+        if args.equal_time and equal_time_run(panel, done):
+            runs.append(equal_time_run(panel, done))
+    return [run for run in runs if run not in done]
+
+# ---- Training ------------------------------------------------------------------------------------
+def run_folder(run):
+    return RUNS / "-".join(map(str, run)).replace(" ", "-")
+
+def command(run, cores=Path("cores")):
+    layers = 0 if run.condition == "no blocks" else LAYERS
+    pretrained = 0 if run.condition in ("no blocks", "random") else 1
+    return (f"{TASKS[PANELS[run.panel][1]][0]} --model {core_folder(run, cores)} --layers {layers} "
+            f"--pretrained {pretrained} --lr {run.lr} --seed {run.seed} --steps {run.steps} "
+            f"--eval_every {run.steps} --test 0")
+
+def device():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return models[0] if models else platform.processor()
+
+def train(run, args):
+    """Make a run and write its line. Returns False if another process is making it."""
+    out = run_folder(run)
+    with open(f"{out}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if run in finished():
+            return True
+        make_core(run, args.cores)
+        words = command(run, args.cores)
+        if (out / "last.pt").exists():  # the other flags come from the checkpoint
+            words = f"{words.split()[0]} --resume 1"
+        words = [sys.executable, *words.split(), "--out", out, "--data", args.data]
+        with open(f"{out}.txt", "w") as file:  # the child keeps the lock, even if we are killed
+            code = subprocess.run(words, stdout=file, stderr=file, pass_fds=[lock.fileno()])
+        output = Path(f"{out}.txt").read_text()
+        row, result = {}, {}
+        if code.returncode == 0:
+            log = (out / "log.jsonl").read_text().splitlines()
+            row, result = json.loads(log[-2]), json.loads(log[-1])
+        elif "The loss is not finite" not in output:  # if it is not, the rate is too high: null
+            sys.exit(f"{run}:\n{output[-3000:]}")
+        figures = {name: result.get(name) for name in
+                   ("validation_loss", "validation_accuracy", "trainable_parameters", "amp")}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE)
+        line = run._asdict() | figures | {
+            "train_seconds": row.get("train_seconds"), "device": device(),
+            "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.decode().strip(),
+            "command": command(run)}
+        for other in finished().values():  # intervals do not cover differences between machines
+            if other["panel"] == run.panel and result and other["amp"]:
+                machines = (other["amp"], other["device"]), (line["amp"], line["device"])
+                if machines[0] != machines[1]:
+                    sys.exit(f"{run.panel} has runs on {machines[0]}, this is {machines[1]}")
+        with open(LINES, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(time.strftime("%H:%M"), *run, line["validation_loss"], flush=True)
+        return True
+
+# ---- After training ------------------------------------------------------------------------------
+def build(words, args):
+    """The model and the data of a training script: its main() gives them to fpt.fit()."""
+    sys.argv = [*words.split(), "--data", args.data]
+    module = importlib.import_module(sys.argv[0].removesuffix(".py"))
+    fpt.fit = lambda *given, **more: given
+    flags, model, batch, labels = module.main(fpt.parse(module.parser))[:4]
+    if flags.eval:
+        splits = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
+        fpt.load_checkpoint(flags.eval, model, splits)
+    return flags, model, batch, labels
+
+def trained(run, args):
+    words = f"{command(run).split()[0]} --eval {run_folder(run)}/best.pt"
+    return build(f"{words} --model {core_folder(run, args.cores)}", args)
+
+def read_test(args, done):
+    """Read the test sets, once: nothing is written, or shown, before the last run is read."""
+    arrays = dict(np.load(ARRAYS)) if ARRAYS.exists() else {}
+    read = [panel for panel in args.panels if f"{panel}/majority" in arrays]
+    missing = missing_runs(args, done)
+    if missing or read:
+        sys.exit(f"{len(missing)} runs are missing; {read} have been read before")
+    for panel in args.panels:
+        for condition in CONDITIONS:
+            losses, correct = [], []
+            for run in full_runs(panel, condition, done):
+                def keep(outputs, targets):
+                    losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
+                    correct.append((outputs.argmax(1) == targets).cpu())
+                    return {}
+                flags, model, batch, labels = trained(run, args)
+                splits = {"test": [len(labels["test"])]}
+                fpt.evaluate(flags, model, batch, "test", splits, F.cross_entropy, keep)
+            arrays[f"{panel}/{condition}/loss"] = torch.stack(losses).half().numpy()
+            arrays[f"{panel}/{condition}/correct"] = torch.stack(correct).numpy()
+        labels, task = labels["test"], PANELS[panel][1]
+        arrays[f"{panel}/majority"] = labels.bincount().max() / len(labels)
+        arrays[f"{task}/groups"] = groups(task, labels.tolist(), args.data)
+        print(time.strftime("%H:%M"), panel, "is read", flush=True)
+    temporary = ARRAYS.with_name("unfinished.npz")
+    np.savez_compressed(temporary, **arrays)
+    temporary.rename(ARRAYS)
+
+def groups(task, labels, folder):
+    """Which test examples belong together, int16 [examples]: the clips of a speaker, the molecules
+    of a scaffold; in the order of the loaders, which the labels confirm."""
+    names = range(len(labels))
+    if task == "speech":
+        root = Path(folder, "SpeechCommands", "speech_commands_v0.02")
+        clips = sorted((root / "testing_list.txt").read_text().split())
+        clips = [clip.split("/") for clip in clips if (root / clip).exists()]
+        words = sorted({word for word, _ in clips})
+        names = [name.split("_")[0] for _, name in clips]
+        ours = [words.index(word) for word, _ in clips]
+    elif task == "smiles":
+        from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
+        with open(Path(folder, "cyp3a4_veith.tab"), newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file, delimiter="\t"))
+        smiles = [row["Drug"].strip() for row in table]
+        scaffolds = [MurckoScaffoldSmiles(one, includeChirality=False) for one in smiles]
+        rows = sorted(data.scaffold_split(scaffolds, 0.8)[1])
+        rows.sort(key=lambda i: len(data.molecule_ids(smiles[i], "smiles")))
+        names = [scaffolds[i] for i in rows]
+        ours = [int(float(table[i]["Y"])) for i in rows]
+    if task in ("speech", "smiles") and ours != labels:
+        sys.exit(f"The test set of {task} has another order in data.py than here")
+    return np.unique(names, return_inverse=True)[1].astype(np.int16)
+
+@torch.no_grad()
+def probe(args, done):
+    """What the blocks of SmolLM2 do with 64 validation clips. added: the norm of what a block adds
+    to its input, relative to it; entropy: that of its attention, relative to uniform attention to
+    the tokens it may see. Means over tokens, heads, blocks."""
+    print("| condition | seed | trained | added | entropy |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for condition in CONDITIONS[1:]:
+        for run in full_runs("smollm2-speech", condition, done):
+            make_core(run, args.cores)
+            for is_trained in 0, 1:
+                both = trained(run, args) if is_trained else build(command(run, args.cores), args)
+                _, model, batch, labels = both
+                added, entropy = [], []
+
+                def read_block(block, inputs, output):
+                    x, y = inputs[0], output if torch.is_tensor(output) else output[0]
+                    added.append(((y - x).norm(dim=2) / x.norm(dim=2)).mean().item())
+
+                def read_attention(attention, inputs, output):
+                    p = output[1].float()[:, :, 1:]  # [batch, heads, time - 1, time]: the first
+                    seen = torch.arange(2, p.shape[3] + 1, device=p.device)  # token sees itself
+                    entropy.append((torch.special.entr(p).sum(3) / seen.log()).mean().item())
+
+                for block in model.core.model.layers:
+                    block.register_forward_hook(read_block)
+                    block.self_attn.register_forward_hook(read_attention)
+                count = len(labels["validation"])  # clips are sorted by word: take every n-th
+                tokens, lengths, _ = batch("validation", torch.arange(64) * count // 64)
+                with model.autocast:
+                    model(tokens, lengths)
+                line = {"condition": condition, "seed": run.seed, "trained": is_trained,
+                        "added": statistics.mean(added), "entropy": statistics.mean(entropy)}
+                with open(PROBE, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"| {condition} | {run.seed} | {is_trained} | {line['added']:.3f} |"
+                      f" {line['entropy']:.3f} |", flush=True)
+
+def main():
+    parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=fpt.HelpFormatter)
+    parser.add_argument("--panels", nargs="+", choices=PANELS, default=list(PANELS), help="which")
+    parser.add_argument("--data", default="data", help="folder of the data sets")
+    parser.add_argument("--cores", type=Path, default="cores", help="folder of the cores")
+    parser.add_argument("--equal_time", action="store_true", help="also the runs of hypothesis B")
+    parser.add_argument("--probe", action="store_true", help="print a table about SmolLM2's blocks")
+    parser.add_argument("--test", action="store_true", help="read the test sets, once")
+    args = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    if args.probe:
+        return probe(args, finished())
+    if args.test:
+        return read_test(args, finished())
+    while runs := missing_runs(args, finished()):
+        # The first that no other process is making; then look again, for tuning may be complete.
+        if not any(train(run, args) for run in runs):
+            time.sleep(5)
+
+if __name__ == "__main__":
+    main()
