@@ -88,7 +88,7 @@ class Adapter(nn.Module):
     """A model of the transformers library, called as GPT2 is.
 
     A text model takes our vectors as inputs_embeds. Of the others we take blocks and final norm.
-    Whisper's encoder keeps its positions; those that number an image get 1,024 new ones, zeros."""
+    Whisper's encoder keeps its positions; those of image patches are replaced by 1,024 zeros."""
     def __init__(self, model, layers):
         super().__init__()
         config, whisper = model.config, model.config.model_type == "whisper"
@@ -148,7 +148,7 @@ def load_model(args):
     kind = config.model_type
     assert kind in MODEL_TYPES, f"it is {kind}, not one of {', '.join(MODEL_TYPES)}"
     assert kind != "gpt2" or (config.scale_attn_weights and getattr(config, "is_causal", True) and
-                              not config.scale_attn_by_inverse_layer_idx), "no attention of GPT-2"
+                              not config.scale_attn_by_inverse_layer_idx), "not GPT-2's attention"
     # Transformers 4 silently misreads configs of transformers 5, rotary positions for example.
     saved_by, ours = (config.transformers_version or "0").split("."), __version__.split(".")
     assert int(saved_by[0]) <= int(ours[0]), f"it is too new for transformers {__version__}"
@@ -156,11 +156,12 @@ def load_model(args):
     if not args.pretrained:
         return config, AutoModel.from_config(config, **options)
     model, info = AutoModel.from_pretrained(args.model, output_loading_info=True, **options)
-    # No pooler or decoder is needed. Unused weights may be a head's, or buffers of older files.
+    # We need no pooler and no decoder. Unused weights may belong to a head, or be old buffers.
     missing = [key for key in info["missing_keys"] if not re.search("pooler|decoder", key)]
     unused = [key for key in info["unexpected_keys"] if re.search(r"\b(h|layers?)\.\d", key)
               and not re.search(r"decoder|\.attn\.bias|masked_bias|inv_freq", key)]
-    assert not missing + unused, f"{len(missing)} weights are missing and {len(unused)} not used"
+    assert not missing, f"it lacks {len(missing)} weights, such as {missing[:1]}"
+    assert not unused, f"{len(unused)} of its weights have no use here, such as {unused[:1]}"
     assert all(p.isfinite().all() for p in model.parameters()), "not all its weights are finite"
     return config, model
 
@@ -488,7 +489,7 @@ def parse(parser, demo={}):
     notebook = re.search("ipykernel|kernel_launcher", sys.argv[0])  # its arguments are not ours
     argv = [] if notebook else sys.argv[1:]
     args = parser.parse_args(argv)
-    path = f"{args.out}/last.pt" if args.resume else args.eval
+    path = f"{args.out}/last.pt" if args.resume and args.out else args.eval
     saved = load_checkpoint(path)["flags"] if path else {}
     preset = dict(pretrained=0, layers=2, **demo) if args.demo else {}
     args = parser.parse_args(argv, argparse.Namespace(**preset | saved | {"task": args.task}))

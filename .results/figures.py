@@ -1,0 +1,251 @@
+"""Tables, verdicts and figure of transfer.py, from the committed files alone.
+
+    python .results/figures.py          # prints markdown, writes .results/transfer.svg
+
+What is still missing is left out; before the test sets are read, only validation is shown."""
+import json
+import math
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import optimize, stats
+
+from transfer import (ARRAYS, CONDITIONS, DRAWN, LINES, PANELS, PROBE, RATES, SEEDS, equal_time_run,
+                      finished, full_runs, validation_loss)
+
+# In the order of the figure: below a task of SmolLM2 is the control at home.
+TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "SmolLM2: speech",
+          "smollm2-cifar": "SmolLM2: CIFAR-10", "smollm2-smiles": "SmolLM2: molecules (SMILES)",
+          "whisper-speech": "Whisper, at home: speech", "dinov2-cifar": "DINOv2, at home: CIFAR-10"}
+COLOURS = dict(zip(CONDITIONS, ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#009E73")))
+SHARE_LIMIT = 1e3  # an end of Fieller's interval beyond it counts as infinite
+VALUES = {}  # (panel, condition, "loss" or "correct"): float [seeds, test examples]
+MAJORITY = {}  # panel: the accuracy of always predicting the majority class
+GROUPS = {}  # task: int [test examples], the same for what belongs together
+
+# ---- Statistics ----------------------------------------------------------------------------------
+class Mean:
+    """The mean of values [seeds, test examples] and the variances of it: due to the seeds, of which
+    there are few, and due to the examples, of which those of a group are alike."""
+    def __init__(self, values, task):
+        self.mean = values.mean()
+        self.by_seeds = values.mean(1).var(ddof=1) / len(values)
+        rest = np.bincount(GROUPS[task], values.mean(0) - self.mean)
+        # Every test digit is in two sums.
+        self.by_examples = (rest ** 2).sum() / values.shape[1] ** 2 * (2 if task == "sums" else 1)
+
+    def half(self, p=0.05):
+        """Half of the 1 - p interval after Cochran and Cox: Student's t for the seeds' part, normal
+        for the examples' part, weighted by the variances."""
+        t, z = stats.t.isf(p / 2, len(SEEDS) - 1), stats.norm.isf(p / 2)
+        both = self.by_seeds + self.by_examples
+        return (self.by_seeds * t + self.by_examples * z) / math.sqrt(both) if both else 0.0
+
+    def p(self):
+        """Two-sided: the p whose interval ends at 0."""
+        def distance(log_p):
+            return self.half(10 ** log_p) - abs(self.mean)
+        return 10 ** optimize.brentq(distance, -99, 0) if distance(-99) > 0 else 0.0
+
+    def text(self, unit=1, digits=3, sign="+"):
+        return f"{unit * self.mean:{sign}.{digits}f} ± {unit * self.half():.{digits}f}"
+
+def fieller(top, bottom, task):
+    """The 95 % interval of mean(top) / mean(bottom), after Fieller: the ratios for which the
+    interval of top - ratio * bottom has 0 in it."""
+    def distance(ratio):
+        difference = Mean(top - ratio * bottom, task)
+        return abs(difference.mean) - difference.half()
+    ratio, ends = top.mean() / bottom.mean(), []
+    for far in -SHARE_LIMIT, SHARE_LIMIT:
+        found = distance(far) > 0
+        ends.append(optimize.brentq(distance, ratio, far) if found else far * math.inf)
+    return ratio, *ends
+
+def beats(panel, first, second):
+    """Loss and accuracy of one condition minus another's, paired by seed and example, as Mean."""
+    task = PANELS[panel][1]
+    return [Mean(VALUES[panel, first, name] - VALUES[panel, second, name], task)
+            for name in ("loss", "correct")]
+
+def is_better(loss, accuracy):  # "beats": both intervals exclude 0
+    return loss.mean + loss.half() < 0 < accuracy.mean - accuracy.half()
+
+def row(*cells):
+    print("|", " | ".join(map(str, cells)), "|")
+
+# ---- Tables --------------------------------------------------------------------------------------
+def main_table(done):
+    row("panel", "condition", "learning rate", "validation loss", "test loss", "test accuracy, %",
+        "seconds of training")
+    row("---", "---", "---:", "---:", "---:", "---:", "---:")
+    for panel, (_, task) in PANELS.items():
+        for condition in CONDITIONS:
+            runs = full_runs(panel, condition, done)
+            lines = [done[run] for run in runs if run in done]
+            if len(lines) < len(SEEDS):
+                continue
+            end = " (end of the grid)" if lines[0]["lr"] in (RATES[0], RATES[-1]) else ""
+            loss = np.mean([validation_loss(line) for line in lines])
+            seconds = np.mean([line["train_seconds"] or math.nan for line in lines])
+            cells = ["", ""]
+            if (panel, condition, "loss") in VALUES:
+                cells = [Mean(VALUES[panel, condition, "loss"], task).text(sign=""),
+                         Mean(VALUES[panel, condition, "correct"], task).text(100, 1, "")]
+            row(panel, condition, lines[0]["lr"] + end, f"{loss:.3f}", *cells, f"{seconds:.0f}")
+
+def read_panels():
+    return [panel for panel in PANELS if (panel, CONDITIONS[0], "loss") in VALUES]
+
+def pretraining(panels):
+    """Verdicts T, R and H. Returns {panel: the larger p of the contrasts, smallest gain}."""
+    result = {}
+    row("pretrained minus ...", "test loss", "test accuracy, points", "p, loss", "p, accuracy", "")
+    row("---", "---:", "---:", "---:", "---:", "---")
+    for panel in panels:
+        p, gain, better = 0.0, math.inf, []
+        for other in DRAWN:
+            loss, accuracy = beats(panel, "pretrained", other)
+            p, gain = max(p, loss.p(), accuracy.p()), min(gain, 100 * accuracy.mean)
+            better.append(is_better(loss, accuracy))
+            row(f"{panel}: {other}", loss.text(), accuracy.text(100, 1), f"{loss.p():.2g}",
+                f"{accuracy.p():.2g}", "beats" if better[-1] else "")
+        result[panel] = p, gain, all(better)
+    return result
+
+def verdict_t(result):
+    names = "smollm2-cifar", "smollm2-sums", "smollm2-smiles"
+    found, holds, holding = [name for name in names if name in result], 0, True
+    # Holm: the smallest p times 3, the next times 2, while they stay below 0.05. A panel that is
+    # missing counts as tested.
+    for rank, panel in enumerate(sorted(found, key=lambda name: result[name][0])):
+        p, gain, better = result[panel]
+        corrected = min(1.0, p * (len(names) - rank))
+        holding = holding and corrected < 0.05
+        holds += holding and better and gain >= 1
+        size = "material" if gain >= 1 else "below 1 point"
+        print(f"- T, {panel}: {'holds' if holding and better else 'does not hold'}, corrected "
+              f"p {corrected:.2g}, {gain:+.1f} points at least ({size})")
+    if len(found) == len(names):
+        words = ["on speech only, so far", "mixed", "a frozen language model transfers"]
+        print(f"- **T: {holds} of 3 hold and are material: {words[min(holds, 2)]}.**")
+
+def verdicts(done):
+    panels = read_panels()
+    result = pretraining(panels)
+    print()
+    verdict_t(result)
+    if "smollm2-speech" in panels:
+        below = []
+        for other in DRAWN:
+            loss = beats("smollm2-speech", "pretrained", other)[0]
+            below.append(loss.mean + loss.half() < 0)
+        both = result["smollm2-speech"][2]
+        print(f"- **R: {'confirmed' if all(below) else 'not confirmed'}**: {sum(below)} of 2 "
+              f"differences of test loss are below 0; in accuracy, too: {'yes' if both else 'no'}.")
+    for panel in panels:
+        random, scaled, pretrained = (VALUES[panel, condition, "loss"]
+                                      for condition in ("random", "scaled", "pretrained"))
+        share = fieller(random - scaled, random - pretrained, PANELS[panel][1])
+        if beats(panel, "pretrained", "random")[0].mean >= 0 or math.inf in np.abs(share):
+            print(f"- S, {panel}: pretrained has no clear gain over random, so no share.")
+        else:
+            words = "mostly size" if share[1] > 0.5 else "not shown to be mostly size"
+            print("- S, {}: scaled has {:.2f} of the gain, {:.2f} to {:.2f}: {}.".format(
+                panel, *share, words))
+    for home, away in ("whisper-speech", "smollm2-speech"), ("dinov2-cifar", "smollm2-cifar"):
+        if home in panels and away in panels:
+            verdict_h(home, away, result)
+    for panel in PANELS:
+        run = equal_time_run(panel, done)
+        if run in done:
+            first, second = done[full_runs(panel, "pretrained", done)[0]], done[run]  # both seed 3
+            holds = (validation_loss(first) < validation_loss(second)
+                     and first["validation_accuracy"] > second["validation_accuracy"])
+            texts = [f"{validation_loss(line):.3f}, {100 * line['validation_accuracy']:.1f} %, "
+                     f"{line['train_seconds']:.0f} s" for line in (first, second)]
+            print(f"- B, {panel}: {'holds' if holds else 'does not hold'}: validation, pretrained "
+                  f"{texts[0]}; no blocks, {run.steps} steps, {texts[1]}.")
+
+def verdict_h(home, away, result):
+    task, more, texts = PANELS[home][1], [], []
+    for other in DRAWN:
+        means = []
+        for name in "loss", "correct":
+            gains = [VALUES[panel, "pretrained", name] - VALUES[panel, other, name]
+                     for panel in (home, away)]
+            means.append(Mean(gains[0] - gains[1], task))
+        more.append(is_better(*means))
+        texts.append(f"over {other} {means[0].text()} nats, {means[1].text(100, 1)} points")
+    verdict = "holds" if all(more) and result[home][2] else "does not hold"
+    print(f"- H, {home}: {verdict}; beats both: {'yes' if result[home][2] else 'no'}; more than "
+          f"{away}: {'; '.join(texts)}.")
+
+def probe_table():
+    lines = [json.loads(text) for text in PROBE.read_text().splitlines()]
+    row("SmolLM2, speech", "a block adds, before", "after training", "entropy, before", "after")
+    row("---", "---:", "---:", "---:", "---:")
+    for condition in CONDITIONS[1:]:
+        cells = [[line[name] for line in lines
+                  if line["condition"] == condition and line["trained"] == trained]
+                 for name in ("added", "entropy") for trained in (0, 1)]
+        if all(cells):
+            row(condition, *(f"{np.mean(cell):.2f}" for cell in cells))
+
+# ---- Figure --------------------------------------------------------------------------------------
+def draw():
+    panels = [panel for panel in TITLES if panel in read_panels()]
+    matplotlib.rcParams |= {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "transfer"}
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.9 * rows + 0.4),
+                                squeeze=False)
+    for axis, panel in zip(axes.flat, panels):
+        for x, condition in enumerate(CONDITIONS):
+            values = 100 * VALUES[panel, condition, "correct"]
+            mean = Mean(values, PANELS[panel][1])
+            axis.bar(x, mean.mean, 0.75, color=COLOURS[condition])
+            axis.errorbar(x, mean.mean, mean.half(), color="black", capsize=4, lw=1.3)
+            seeds = values.mean(1)
+            axis.plot(x + np.linspace(-0.25, 0.25, len(seeds)), seeds, "o", color="white",
+                      mec="black", ms=3.5, mew=0.7)
+            axis.text(x, max(mean.mean + mean.half(), seeds.max()) + 1.5, f"{mean.mean:.1f}",
+                      ha="center", va="bottom")
+        axis.axhline(100 * MAJORITY[panel], color="black", ls="--", lw=1.2)
+        axis.set_title(TITLES[panel], fontsize=11.5)
+        axis.set_ylim(0, 108)
+        axis.set_yticks(range(0, 101, 25))
+        axis.set_xticks(range(len(CONDITIONS)), CONDITIONS, rotation=30, ha="right",
+                        rotation_mode="anchor")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy, %")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    figure.text(0.5, 0.01, "Bar: mean of five seeds (dots), 95 % interval. Dashed: the majority "
+                "class.", ha="center")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(ARRAYS.with_suffix(".svg"), metadata={"Date": None})
+
+def load_arrays():
+    for key, array in np.load(ARRAYS).items():
+        name, *rest = key.split("/")
+        if rest == ["groups"]:
+            GROUPS[name] = array
+        elif rest == ["majority"]:
+            MAJORITY[name] = array
+        else:
+            VALUES[name, *rest] = array.astype(float)
+
+if __name__ == "__main__":
+    if ARRAYS.exists():
+        load_arrays()
+    main_table(finished())
+    print()
+    if VALUES:
+        verdicts(finished())
+        draw()
+    if PROBE.exists():
+        print()
+        probe_table()
