@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import optimize, stats
 
-from transfer import (ARRAYS, CONDITIONS, DRAWN, LINES, PANELS, PROBE, RATES, SEEDS, equal_time_run,
+from transfer import (ARRAYS, CONDITIONS, DRAWN, PANELS, PROBE, RATES, SEEDS, equal_time_run,
                       finished, full_runs, validation_loss)
 
 # In the order of the figure: below a task of SmolLM2 is the control at home.
@@ -63,7 +63,7 @@ def fieller(top, bottom, task):
         ends.append(optimize.brentq(distance, ratio, far) if found else far * math.inf)
     return ratio, *ends
 
-def beats(panel, first, second):
+def contrast(panel, first, second):
     """Loss and accuracy of one condition minus another's, paired by seed and example, as Mean."""
     task = PANELS[panel][1]
     return [Mean(VALUES[panel, first, name] - VALUES[panel, second, name], task)
@@ -106,7 +106,7 @@ def pretraining(panels):
     for panel in panels:
         p, gain, better = 0.0, math.inf, []
         for other in DRAWN:
-            loss, accuracy = beats(panel, "pretrained", other)
+            loss, accuracy = contrast(panel, "pretrained", other)
             p, gain = max(p, loss.p(), accuracy.p()), min(gain, 100 * accuracy.mean)
             better.append(is_better(loss, accuracy))
             row(f"{panel}: {other}", loss.text(), accuracy.text(100, 1), f"{loss.p():.2g}",
@@ -139,16 +139,17 @@ def verdicts(done):
     if "smollm2-speech" in panels:
         below = []
         for other in DRAWN:
-            loss = beats("smollm2-speech", "pretrained", other)[0]
+            loss = contrast("smollm2-speech", "pretrained", other)[0]
             below.append(loss.mean + loss.half() < 0)
         both = result["smollm2-speech"][2]
         print(f"- **R: {'confirmed' if all(below) else 'not confirmed'}**: {sum(below)} of 2 "
-              f"differences of test loss are below 0; in accuracy, too: {'yes' if both else 'no'}.")
+              f"intervals of test loss lie below 0. Beats both, in accuracy too: "
+              f"{'yes' if both else 'no'}.")
     for panel in panels:
         random, scaled, pretrained = (VALUES[panel, condition, "loss"]
                                       for condition in ("random", "scaled", "pretrained"))
         share = fieller(random - scaled, random - pretrained, PANELS[panel][1])
-        if beats(panel, "pretrained", "random")[0].mean >= 0 or math.inf in np.abs(share):
+        if contrast(panel, "pretrained", "random")[0].mean >= 0 or math.inf in np.abs(share):
             print(f"- S, {panel}: pretrained has no clear gain over random, so no share.")
         else:
             words = "mostly size" if share[1] > 0.5 else "not shown to be mostly size"

@@ -16,7 +16,6 @@ import fcntl
 import importlib
 import json
 import math
-import os
 import platform
 import re
 import statistics
@@ -157,9 +156,8 @@ def command(run, cores=Path("cores")):
 def device():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return models[0] if models else platform.processor()
+    names = re.findall("model name.*: (.*)", subprocess.getoutput("cat /proc/cpuinfo"))
+    return names[0] if names else platform.processor()
 
 def train(run, args):
     """Make a run and write its line. Returns False if another process is making it."""
@@ -176,27 +174,26 @@ def train(run, args):
         if (out / "last.pt").exists():  # the other flags come from the checkpoint
             words = f"{words.split()[0]} --resume 1"
         words = [sys.executable, *words.split(), "--out", out, "--data", args.data]
-        with open(f"{out}.txt", "w") as file:  # the child keeps the lock, even if we are killed
-            code = subprocess.run(words, stdout=file, stderr=file, pass_fds=[lock.fileno()])
-        output = Path(f"{out}.txt").read_text()
+        # The child inherits the lock, so that it holds even if this process is killed.
+        child = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               pass_fds=[lock.fileno()])
         row, result = {}, {}
-        if code.returncode == 0:
+        if child.returncode == 0:
             log = (out / "log.jsonl").read_text().splitlines()
             row, result = json.loads(log[-2]), json.loads(log[-1])
-        elif "The loss is not finite" not in output:  # if it is not, the rate is too high: null
-            sys.exit(f"{run}:\n{output[-3000:]}")
+        elif "The loss is not finite" not in child.stdout:  # if it is, null: the rate is too high
+            sys.exit(f"{run}:\n{child.stdout[-3000:]}")
         figures = {name: result.get(name) for name in
                    ("validation_loss", "validation_accuracy", "trainable_parameters", "amp")}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE)
         line = run._asdict() | figures | {
             "train_seconds": row.get("train_seconds"), "device": device(),
-            "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.decode().strip(),
-            "command": command(run)}
-        for other in finished().values():  # intervals do not cover differences between machines
-            if other["panel"] == run.panel and result and other["amp"]:
-                machines = (other["amp"], other["device"]), (line["amp"], line["device"])
-                if machines[0] != machines[1]:
-                    sys.exit(f"{run.panel} has runs on {machines[0]}, this is {machines[1]}")
+            "date": time.strftime("%Y-%m-%d"), "command": command(run),
+            "commit": subprocess.getoutput("git rev-parse --short HEAD")}
+        # Intervals do not cover differences between machines. A diverged run has no precision.
+        machines = {(one["amp"], one["device"]) for one in (*finished().values(), line)
+                    if one["panel"] == run.panel and one["amp"]}
+        if len(machines) > 1:
+            sys.exit(f"{run}, not written: {run.panel} has runs of {machines}")
         with open(LINES, "a") as file:
             file.write(json.dumps(line) + "\n")
         print(time.strftime("%H:%M"), *run, line["validation_loss"], flush=True)
@@ -219,7 +216,7 @@ def trained(run, args):
     return build(f"{words} --model {core_folder(run, args.cores)}", args)
 
 def read_test(args, done):
-    """Read the test sets, once: nothing is written, or shown, before the last run is read."""
+    """Read the test sets, once: nothing is written before the last run is read."""
     arrays = dict(np.load(ARRAYS)) if ARRAYS.exists() else {}
     read = [panel for panel in args.panels if f"{panel}/majority" in arrays]
     missing = missing_runs(args, done)
@@ -275,7 +272,7 @@ def groups(task, labels, folder):
 def probe(args, done):
     """What the blocks of SmolLM2 do with 64 validation clips. added: the norm of what a block adds
     to its input, relative to it; entropy: that of its attention, relative to uniform attention to
-    the tokens it may see. Means over tokens, heads, blocks."""
+    the tokens it may see. Means over tokens and heads, for each block; the table averages."""
     print("| condition | seed | trained | added | entropy |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for condition in CONDITIONS[1:]:
@@ -303,11 +300,11 @@ def probe(args, done):
                 with model.autocast:
                     model(tokens, lengths)
                 line = {"condition": condition, "seed": run.seed, "trained": is_trained,
-                        "added": statistics.mean(added), "entropy": statistics.mean(entropy)}
+                        "added": added, "entropy": entropy}  # of each block
                 with open(PROBE, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(f"| {condition} | {run.seed} | {is_trained} | {line['added']:.3f} |"
-                      f" {line['entropy']:.3f} |", flush=True)
+                print(f"| {condition} | {run.seed} | {is_trained} | {np.mean(added):.3f} |"
+                      f" {np.mean(entropy):.3f} |", flush=True)
 
 def main():
     parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=fpt.HelpFormatter)
