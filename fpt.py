@@ -490,7 +490,7 @@ def parse(parser, demo={}):
     argv = [] if notebook else sys.argv[1:]
     args = parser.parse_args(argv)
     path = f"{args.out}/last.pt" if args.resume and args.out else args.eval
-    saved = load_checkpoint(path)["flags"] if path else {}
+    saved = load_checkpoint(path)["flags"] if path is not None else {}
     preset = dict(pretrained=0, layers=2, **demo) if args.demo else {}
     args = parser.parse_args(argv, argparse.Namespace(**preset | saved | {"task": args.task}))
     free = ["data", "compile", "wandb"] + ["model", "amp", "batch_size", "test"] * bool(args.eval)
@@ -507,7 +507,7 @@ def parse(parser, demo={}):
             (args.layers == 0 and parts & {"attn", "ff"}, "--layers 0 leaves no attn or ff"),
             (args.init_std is not None and args.pretrained, "--init_std needs --pretrained 0"),
             (args.resume and (args.eval or not args.out), "--resume 1 needs --out, and no --eval"),
-            (args.predict and not args.eval, "--predict needs --eval"),
+            (args.predict == "" or args.predict and not args.eval, "--predict INPUT needs --eval"),
             ("RANK" in os.environ and unset, f"RANK is set, so torchrun should set {unset}, too"),
             (args.batch_size % WORLD, f"--batch_size: not a multiple of the {WORLD} processes"),
             (args.device != "cpu" and not gpu, f"--device {args.device}: torch finds no CUDA GPU")):
@@ -521,7 +521,7 @@ def parse(parser, demo={}):
         args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
     elif args.amp == "auto":  # a T4 emulates bf16, many times slower than its fp16
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if args.wandb and RANK == 0:
+    if args.wandb and RANK == 0 and not args.eval:
         try:
             import wandb
             wandb.login()
