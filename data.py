@@ -1,7 +1,7 @@
 """The data sets, one function each: from the official files to tensors.
 
 Each downloads what the folder lacks and returns {"train": ..., "validation": ..., "test": ...}; if
-demo=True, generated data of this form. Broken or missing files end the program with one line."""
+demo=True, generated data like it. Broken or missing files end the program with one line."""
 import csv
 import fcntl
 import hashlib
@@ -37,16 +37,16 @@ def exit_if_unreadable(path, hint):
 
 @contextmanager
 def one_at_a_time():
-    """Of processes that start together (torchrun) one downloads and decodes, the others wait."""
+    """If processes start together (torchrun), one downloads and decodes, and the others wait."""
     with open(f"/tmp/fpt-data-{os.geteuid()}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
 
 def batches(size, batch_size, seed, lengths=None):
-    """Yields int64 [batch_size] forever: the examples of a batch, in a new order each epoch. With
-    lengths [size] they are of similar length, to save padding: 50 batches are sorted and cut."""
+    """Yields int64 [batch_size] forever: the indices of a batch, in a new order each epoch. With
+    lengths [size] they are of similar length, to save padding: every 50 batches are sorted."""
     for epoch in itertools.count():
-        # Seeds are spread out, so that neighbours do not share the orders of other epochs.
+        # Spread out, so that seed 0 in epoch 1 does not have the order of seed 1 in epoch 0.
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(size, generator=rng)[:size // batch_size * batch_size]
         if lengths is not None:
@@ -96,7 +96,7 @@ def image_splits(path, parts, shape, holdout):
         if (x.dtype != np.uint8 or x.shape[1:] != shape or x.shape[:1] != y.shape
                 or len(x) < holdout or not np.isin(y, range(10)).all()):
             raise SystemExit(f"{path} has images {x.dtype} {x.shape}, labels {y.dtype} {y.shape}; "
-                             f"needed are {holdout} or more, uint8 {shape}, with labels 0 to 9")
+                             f"expected at least {holdout}, uint8 {shape}, with labels 0 to 9")
     (x, y), test = [(torch.tensor(x), torch.tensor(y).long()) for x, y in parts]
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     validation, train = [(x[i], y[i]) for i in order.tensor_split([len(x) // holdout])]
@@ -119,11 +119,10 @@ def speech_commands(folder, demo=False):
         return demo_splits(tones, np.int16) | {"words": list("abcdef")}
     root = Path(folder) / "SpeechCommands" / "speech_commands_v0.02"
     with exit_if_unreadable(root, f"put {root.name}.tar.gz into {folder}, or use --demo 1"):
+        os.makedirs(folder, exist_ok=True)
         SPEECHCOMMANDS(folder, download=True)
-        clips = set()
-        for path in root.glob("*/*.wav"):
-            if path.parent.name[0] not in "._" and path.name[0] != ".":  # hidden, or noise
-                clips.add(f"{path.parent.name}/{path.name}")
+        paths = root.glob("[!._]*/[!.]*.wav")  # neither background noise nor hidden files
+        clips = {f"{path.parent.name}/{path.name}" for path in paths}
         validation = set((root / "validation_list.txt").read_text().split())
         test = set((root / "testing_list.txt").read_text().split())
     words = sorted({clip.split("/")[0] for clip in clips})
@@ -132,7 +131,8 @@ def speech_commands(folder, demo=False):
     sizes = [len(part) for part in parts]
     if listed - clips or 0 in sizes or (len(words) == 35 and sizes != SPEECH_SIZES):
         raise SystemExit(f"{root} has {sizes} clips of {len(words)} words, and lacks "
-                         f"{len(listed - clips)} of its lists; 35 words have {SPEECH_SIZES}")
+                         f"{len(listed - clips)} of its lists; 35 words have {SPEECH_SIZES}. "
+                         "If the archive was not unpacked to the end, delete the folder")
     if len(words) < 35:
         print(f"{root} has {len(words)} of 35 words: compare results only with others on these")
     names = [name for part in parts for name in sorted(part)]
@@ -147,14 +147,14 @@ def speech_commands(folder, demo=False):
                 for name in tqdm(names, "decode wav files"):
                     file.write(read_wav(root / name))
             os.replace(f"{cache}.tmp", cache)
-        waves = np.load(cache, mmap_mode="c")  # processes share it, and a start does not read it
+        waves = np.load(cache, mmap_mode="c")  # shared by processes, read on demand
     labels = torch.tensor([words.index(name.split("/")[0]) for name in names])
     splits = zip(torch.from_numpy(waves).split(sizes), labels.split(sizes))
     return dict(zip(SPLITS, splits)) | {"words": words}
 
 def read_wav(path):
     """A wav file, mono, 16 bits, 16 kHz -> int16 [16000], cut or padded with silence."""
-    with exit_if_unreadable(path, f"needed is a mono wav file of 16 bits and {SPEECH_RATE} Hz"):
+    with exit_if_unreadable(path, f"expected a mono wav file, 16 bits, {SPEECH_RATE} Hz"):
         with wave.open(str(path)) as file:
             channels, width, rate, count, *_ = file.getparams()
             content = file.readframes(count)
@@ -200,7 +200,7 @@ def cyp3a4(folder, demo=False, tokens="smiles"):
 
 def scaffold_split(scaffolds, fraction):
     """Scaffolds of molecules -> two lists of indices, no scaffold in both. As TDC with seed 0
-    and fractions (fraction, 1 - fraction, 0): groups, shuffled, join the first while they fit."""
+    and fractions (fraction, 1 - fraction, 0): shuffled groups fill the first."""
     groups, first, second = {}, [], []
     for i, scaffold in enumerate(scaffolds):
         groups.setdefault(scaffold, []).append(i)
@@ -240,7 +240,7 @@ def read_image(path, mode, side, ground):
     """An image file -> uint8 [side, side] for mode "L" or [side, side, 3] for "RGB", upright and
     resized. Where it is transparent, the grey `ground` shows, 0 (black) to 255 (white)."""
     from PIL import Image, ImageOps
-    with exit_if_unreadable(path, "needed is an image, such as a PNG or JPEG file"):
+    with exit_if_unreadable(path, "expected an image, such as a PNG or JPEG file"):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] == "I":  # grey in 16 bits, which convert() would clip at 255
             image = Image.fromarray(np.uint8(np.asarray(image, float).clip(0, 65535) / 257))
@@ -249,7 +249,7 @@ def read_image(path, mode, side, ground):
     pixels = np.array(Image.alpha_composite(behind, image).convert(mode).resize((side, side)))
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     if mode == "L" and border.mean() > 127:
-        print(f"{path} is dark on light, MNIST's digits are light on dark: invert it")
+        print(f"{path} is dark on light, but MNIST's digits are light on dark: invert it")
     return torch.from_numpy(pixels)
 
 def demo_splits(patterns, dtype):

@@ -6,7 +6,7 @@
     python train_cifar.py --pretrained 0 --layers 0     # the baseline without blocks
     torchrun --nproc_per_node=8 -- train_cifar.py --batch_size 256
 
-After Lu et al. 2021, arXiv 2103.05247. What the train_*.py share: the model (GPT-2, other models,
+After Lu et al. 2021, arXiv 2103.05247. Shared by the train_*.py: the model (GPT-2, other models,
 their weights, FPT), then the training loop, evaluation and checkpoints, processes and flags."""
 import argparse
 import fcntl
@@ -60,7 +60,7 @@ class Block(nn.Module):
             future = torch.full((x.shape[1], x.shape[1]), -math.inf, dtype=q.dtype).triu(1)
             y = ((q * k.shape[3] ** -0.5) @ k.transpose(2, 3) + future).softmax(3) @ v
         x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
-        # MLP: the same function of every token.
+        # MLP: applied to each token on its own.
         return x + self.mlp.c_proj(self.act(self.mlp.c_fc(self.ln_2(x))))
 
 class GPT2(nn.Module):
@@ -87,7 +87,7 @@ MODEL_TYPES = ("gpt2", *TEXT, *STACKS)
 class Adapter(nn.Module):
     """A model of the transformers library, called as GPT2 is.
 
-    A text model takes our vectors as inputs_embeds. Of the others we take blocks and final norm.
+    A text model takes our vectors as inputs_embeds. From others we take blocks and final norm.
     Whisper's encoder keeps its positions; those of image patches are replaced by 1,024 zeros."""
     def __init__(self, model, layers):
         super().__init__()
@@ -138,7 +138,7 @@ def normal(shape, std, seed, stream):
     return torch.from_numpy(numbers * np.float32(std))
 
 def load_model(args):
-    """--model's config and, if that is not enough, the model. AssertionError: it cannot be used."""
+    """--model's config and, if that is not enough, the model. AssertionError: unusable."""
     name, options = args.model.removeprefix("openai-community/"), dict(trust_remote_code=False)
     if name in GPT2_SIZES and not args.pretrained and not os.path.isdir(args.model):
         blocks, heads = GPT2_SIZES[name]
@@ -226,7 +226,7 @@ class FPT(nn.Module):
         self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 10**6 + 1)
         (self.input.weight.data[0] if discrete else self.input.bias.data).zero_()
         self.output.bias.data.zero_()
-        # Freeze. Matrix products run in the precision of --amp; what they add to stays float32.
+        # Freeze. Matrix products run in the precision of --amp; the residual stream is float32.
         self.autocast = torch.autocast(args.device.split(":")[0], PRECISIONS[args.amp],
                                        enabled=args.amp != "fp32")
         for p, part in self.named_parts():
@@ -252,7 +252,7 @@ class FPT(nn.Module):
             x = x.sum(2)
         # Float32 between the blocks: in bf16, large numbers would swallow small ones.
         x = self.core(x.float(), lengths)
-        if self.no_blocks:  # else hardly anything is nonlinear, and the baseline easy to beat
+        if self.no_blocks:  # else the baseline is almost linear, and easy to beat
             x = F.gelu(x)
         if lengths is None:
             lengths = torch.full((len(x),), x.shape[1], device=x.device)
@@ -269,14 +269,14 @@ def accuracy(outputs, targets):
     return {"accuracy": (outputs.argmax(1) == targets).float().mean(),
             "majority_accuracy": majority / len(targets)}
 
-def fit(args, model, batch, labels, lengths=None, loss_fn=F.cross_entropy, metrics=accuracy):
-    """Train, keep the checkpoint of lowest validation loss, and with it read the test split, once.
-    Returns the last line of the log; under torchrun, in process 0 only.
+def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy, metrics=accuracy):
+    """Train, keep the checkpoint of lowest validation loss, and test it once, at the end. Returns
+    the last line of the log, under torchrun in process 0 only.
 
     batch:     of a split and an index int64 [n] (on the CPU): tokens and lengths or None, as
                FPT.forward takes them, and targets int64 [n], all on args.device
     labels:    {"train": int64 [examples] on the CPU, "validation": ..., "test": ...}
-    lengths:   int64 [examples] on the CPU: tokens in the training examples, if they differ
+    train_lengths: int64 [examples] on the CPU: tokens in the training examples, if they differ
     loss_fn:   of outputs and targets: the mean loss of a batch
     metrics:   of outputs and targets: {"accuracy": a scalar tensor, ...}"""
     splits = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
@@ -290,14 +290,14 @@ def fit(args, model, batch, labels, lengths=None, loss_fn=F.cross_entropy, metri
     # Optimizer, order of the data.
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
-    order = data.batches(len(labels["train"]), batch_size, args.seed, lengths)
+    order = data.batches(len(labels["train"]), batch_size, args.seed, train_lengths)
     if args.compile:
         model.compile()
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     # Run folder. Process 0 alone evaluates, logs and saves.
     flags = {name: value for name, value in vars(args).items()
-             if name not in ("out", "device", "resume", "eval", "predict")}  # those of the call
+             if name not in ("out", "device", "resume", "eval", "predict")}  # not kept
     last = {"step": 0, "best_loss": math.inf, "log_size": 0}
     if args.resume:
         last = load_checkpoint(f"{args.out}/last.pt", model, splits)
@@ -313,15 +313,15 @@ def fit(args, model, batch, labels, lengths=None, loss_fn=F.cross_entropy, metri
     best_loss, history, start = last["best_loss"], [], time.time()
     steps = range(last["step"] + 1, args.steps + 1)
     for step in tqdm(steps, "train", args.steps, initial=last["step"], disable=RANK > 0):
-        # Randomness depends on the step alone, so that a resumed run is the same run.
+        # Seeded by the step, so that a resumed run is the same run.
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         for _ in range(args.accumulate):
             # Under torchrun, each process takes its share of the batch.
-            tokens, real, targets = batch("train", next(order)[RANK::WORLD])
+            tokens, lengths, targets = batch("train", next(order)[RANK::WORLD])
             with model.autocast:
-                outputs = net(tokens, real)
+                outputs = net(tokens, lengths)
                 loss = loss_fn(outputs, targets)
             scaler.scale(loss / args.accumulate).backward()
             # Stays on the device: reading it would make the CPU wait for the GPU at every step.
@@ -348,7 +348,7 @@ def fit(args, model, batch, labels, lengths=None, loss_fn=F.cross_entropy, metri
         if not math.isfinite(row["train_loss"] + row["validation_loss"]):
             sys.exit(f"The loss is not finite before step {step}: try a smaller --lr, or fp32")
 
-        # Log and save. A run that is killed between the two files comes here again.
+        # Log and save. A run that is killed between the two saves will repeat this.
         write_row(row, log)
         if wandb:
             wandb.log(row, step=step)
@@ -380,7 +380,7 @@ def adamw(args, model):
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 def learning_rate(args, step):
-    """The learning rate of step 1, 2, ..., --steps: a linear warm-up, then a cosine to zero."""
+    """The learning rate of step 1, 2, ..., --steps: a linear warm-up times a cosine to zero."""
     warmup = min(50, max(1, args.steps // 10))  # AdamW's second moments need some steps to settle
     return args.lr * min(1, step / warmup) * (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
 
@@ -408,7 +408,7 @@ def test(args, model, batch, splits, loss_fn, metrics, path):
         "total_parameters": sum(p.numel() for p in model.parameters())})
 
 def write_row(row, log=None):
-    """Print a row as a table, and log it as JSON, which has null for NaN."""
+    """Print a row as a table, and log it as JSON, with null for NaN."""
     row = {name: None if value != value else value for name, value in row.items()}
     for name, value in row.items():
         text = f"{value:.4f}" if isinstance(value, float) else value
@@ -428,7 +428,7 @@ def print_prediction(args, model, classes, tokens):
         print(f"{probabilities[i]:7.2%}  {classes[i]}")
 
 def open_log(args, size):
-    """Open and lock the log of the run folder, so that no second run writes there; cut it to size,
+    """Open and lock the log of the run folder, so that no second run writes there; cut it to size
     bytes. Sets args.out, by default to the first free one of runs/<task>, runs/<task>-2, ..."""
     for i in itertools.count(1):
         out = args.out or f"runs/{args.task}" + "-demo" * args.demo + f"-{i}" * (i > 1)
@@ -445,7 +445,7 @@ def open_log(args, size):
                   f"To resume after a stop: python train_{args.task}.py --resume 1 --out {out}")
             return log
         if args.out:
-            sys.exit(f"--out {out} holds a run. If that run was stopped, --resume 1 resumes it")
+            sys.exit(f"--out {out} holds a run. --resume 1 resumes it, unless it is still running")
 
 def save(checkpoint, path):  # atomic write: a kill leaves the old file or the new one, whole
     with open(f"{path}.tmp", "wb") as file:
@@ -455,7 +455,7 @@ def save(checkpoint, path):  # atomic write: a kill leaves the old file or the n
 def load_checkpoint(path, model=None, splits=None):
     """Returns a checkpoint. Puts its weights into the model, if core and data are the same."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of it
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         checkpoint["trained"], checkpoint["flags"]["task"], checkpoint["fingerprint"]
     except Exception as error:  # no file, a broken one, another kind of file
         sys.exit(f"{path} is missing or not a checkpoint of fpt.py ({type(error).__name__})")
@@ -463,7 +463,7 @@ def load_checkpoint(path, model=None, splits=None):
         sys.exit(f"{path} belongs to other data, with other sizes or labels: "
                  f"{checkpoint['splits']}, not {splits}")
     if model:
-        # Processors and versions of libraries differ by 1e-5 of the numbers' size, cores by 1e-3.
+        # Relative differences: 1e-5 between processors or versions, over 1e-3 between cores.
         ours, theirs = torch.tensor(model.fingerprint), torch.tensor(checkpoint["fingerprint"])
         if not (ours - theirs).abs().max() < 1e-3 * theirs.abs().mean():
             sys.exit(f"{path} belongs to another core, with other weights or another config")
@@ -548,7 +548,7 @@ def flags(task, doc, **defaults):
     add("--layers", type=at_least(0), help="use the first blocks only; 0: none; None: all")
     add("--init_std", type=at_least(0, float), help="std of random weights; None: 1/sqrt(width)")
     add("--train", default="in,out,ln,pos", help=f"all, or some of {','.join(PARTS)}")
-    add("--pool", choices=["auto", "last", "mean"], default="auto", help="tokens that are read out")
+    add("--pool", choices=["auto", "last", "mean"], default="auto", help="tokens to read out")
     add("--steps", type=at_least(1), default=1000, help="gradient steps")
     add("--batch_size", type=at_least(1), default=32, help="examples a forward pass, all processes")
     add("--accumulate", type=at_least(1), default=1, help="forward passes a gradient step")

@@ -7,18 +7,21 @@
     GPT2_ONLINE=1 python -m pytest test_all.py -k own_weights    # downloads GPT-2
 
 Models are tiny folders that the tests save. `toy` is a task that takes a tenth of a second."""
-import contextlib, functools, importlib, io, json, math, multiprocessing, os, random, re
-import shutil, subprocess, sys, tempfile, threading, time, wave
+import contextlib, functools, hashlib, importlib, io, json, math, multiprocessing, os, pickle
+import random, re, shutil, subprocess, sys, tarfile, tempfile, threading, time, wave
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = str(1 - int(os.environ.get("GPT2_ONLINE", 0)))  # read at import
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: two threads only wait for each other
+os.environ["HF_HUB_OFFLINE"] = str(1 - int(os.environ.get("GPT2_ONLINE", 0)))  # read at import
+if os.environ["HF_HUB_OFFLINE"] == "1":  # nor does data.py find a network
+    os.environ |= dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9/")
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rdkit import Chem
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -28,7 +31,8 @@ from transformers import (AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel, GP
 
 import data, fpt, train_cifar, train_cyp3a4, train_mnist_add, train_speech
 
-HERE, TEMPORARY = Path(__file__).parent, tempfile.TemporaryDirectory()
+HERE, TEMPORARY = Path(__file__).resolve().parent, tempfile.TemporaryDirectory()
+SHARED = HERE.parent / "shared" / "data"  # real files, where they are at hand
 SCRIPTS = ["train_cifar", "train_speech", "train_cyp3a4", "train_mnist_add"]
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=NO_GPU)])
@@ -44,6 +48,9 @@ SMALL = dict.fromkeys(fpt.TEXT, TEXT | dict(head_dim=16, num_key_value_heads=1))
                     decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, init_std=0.2,
                     num_mel_bins=8, max_source_positions=64, vocab_size=60, pad_token_id=0)}
 INPUTS = {"whisper": (1, 8, 128), "audio-spectrogram-transformer": (1, 32, 16)}  # else images
+ARCHIVE, TABLE = "speech_commands_v0.02.tar.gz", "cyp3a4_veith.tab"
+PIXELS, LABELS = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
+DIGITS = np.random.default_rng(0).integers(0, 256, (24, 28, 28), np.uint8)
 
 # ---- Helpers -------------------------------------------------------------------------------------
 def save(model, path):
@@ -64,17 +71,22 @@ def folder(kind):
     return path
 
 def changed(kind, path, weights=None, files={}, **config):
-    """A copy of that folder with another config, other files (None: deleted), and what weights()
-    makes of its state dict, in place."""
+    """A copy of that folder with another config, more files, and what weights() makes of its state
+    dict, in place."""
     shutil.copytree(folder(kind), path)
     config = json.loads((path / "config.json").read_text()) | config
     (path / "config.json").write_text(json.dumps(config))
     if weights:
         weights(state := load_file(path / "model.safetensors"))
         save_file(state, path / "model.safetensors", {"format": "pt"})
-    for name, content in files.items():
-        (path / name).write_bytes(content) if content is not None else (path / name).unlink()
+    put(path, files)
     return path
+
+def put(folder, files):
+    """Write {name: bytes} into a folder; None deletes."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content) if content is not None else (folder / name).unlink()
 
 def blocks_of(model):
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
@@ -172,6 +184,52 @@ def outcome(folder):
         "trained", "optimizer", "scaler", "step", "best_loss"))])
     return rows, [number.tolist() if torch.is_tensor(number) else number for number in numbers]
 
+def tar(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+def wav(samples, rate=16000, channels=1):
+    with wave.open(buffer := io.BytesIO(), "wb") as file:
+        file.setparams((channels, 2, rate, 0, "NONE", ""))
+        file.writeframes(np.asarray(samples).astype("<i2").tobytes())
+    return buffer.getvalue()
+
+def npz(**changed):
+    arrays = {"train_x": PIXELS, "train_y": LABELS, "test_x": PIXELS, "test_y": LABELS} | changed
+    np.savez(buffer := io.BytesIO(), **arrays)
+    return {"cifar10.npz": buffer.getvalue()}
+
+def idx(images=DIGITS, labels=np.arange(24) % 10, test=DIGITS[:20], test_labels=LABELS):
+    """The four files of MNIST, arrays stored as bytes."""
+    arrays = {"train-images-idx3": images, "train-labels-idx1": labels,
+              "t10k-images-idx3": test, "t10k-labels-idx1": test_labels}
+    header = lambda x: np.array([2048 + x.ndim, *x.shape], ">i4").tobytes()
+    return {f"MNIST/raw/{name}-ubyte": header(x) + x.astype(np.uint8).tobytes()
+            for name, x in arrays.items()}
+
+def clips(words="abc", root="SpeechCommands/speech_commands_v0.02/", **changed):
+    """For each word a clip of speakers s0 to s5; s4 is for validation, s5 for test."""
+    rng = np.random.default_rng(0)
+    files = {f"{word}/s{i}_nohash_0.wav": wav(rng.integers(-9999, 9999, 16000 - 500 * i))
+             for word in words for i in range(6)}
+    for name, end, listed in ("validation", "s4", words), ("testing", "s5", [*words, "zebra"]):
+        lines = [f"{word}/{end}_nohash_0.wav\n\n" for word in listed]
+        files[f"{name}_list.txt"] = "".join(lines).encode()
+    files |= changed
+    return {root + name: files[name] for name in files if files[name] is not None}
+
+def sizes(splits):
+    return [len(splits[split][-1]) for split in data.SPLITS]
+
+def assert_same(one, other):
+    assert sizes(one) == sizes(other)
+    assert all(all(map(torch.equal, one[split], other[split])) for split in data.SPLITS)
+
 # ---- The model -----------------------------------------------------------------------------------
 @DEVICES
 @pytest.mark.parametrize("activation, saved_as, pool", [
@@ -268,6 +326,14 @@ def test_random_matrices_have_one_scale_the_rest_is_neutral_and_tokens_have_thei
         vectors = core("gpt2", inputs=500, discrete=discrete).input(tokens)
         assert vectors.std().item() == pytest.approx(0.1, rel=0.1)
 
+@pytest.mark.parametrize("kind, numbers", [
+    ("gpt2", [-0.1142, -0.4127, 0.5305, 0.3481]), ("bert", [2.1253, -0.2448, 0.8380, -0.0996]),
+    ("whisper", [-1.8692, 2.5131, 0.7536, -0.0505]), ("vit", [-1.5017, 1.1537, -0.1582, 1.2442]),
+    ("dinov2", [-0.8631, 0.3192, 1.4675, -0.7047])])
+def test_random_cores_are_the_same_on_every_machine(kind, numbers):
+    found = core(kind, "--pretrained", 0).fingerprint
+    assert found[:2] + found[16:18] == pytest.approx(numbers, abs=1e-3)
+
 @pytest.mark.parametrize("inputs, outputs, count", [
     (48, 10, 83_722), (784, 91, 711_259), (16, 10, 59_146), (80, 35, 127_523)])
 def test_as_many_parameters_are_trained_as_in_the_original(inputs, outputs, count, tmp_path):
@@ -356,53 +422,30 @@ def test_other_ways_to_train_give_the_same(argv, tolerance, tmp_path, without_cp
     assert (frozen.dtype, toy.model.input.weight.dtype) == (dtype, torch.float32)
     assert (toy.model._compiled_call_impl is not None) == ("compile" in argv)
 
-@pytest.mark.parametrize("kind", SMALL)
-def test_what_leaves_a_block_is_float32_whatever_the_products_are(kind):
-    model, seen = core(kind, "--amp", "bf16"), []
-    for block in blocks_of(model):
-        block.register_forward_hook(lambda _, x, y: seen.append(y if torch.is_tensor(y) else y[0]))
-    with model.autocast:
-        seen.append(model(torch.randn(2, 3, 4)))
-    assert [x.dtype for x in seen] == 3 * [torch.float32]
-
-@DEVICES
-def test_fp16_steps_that_overflow_are_skipped(tmp_path, monkeypatch, device):
-    large = functools.partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**40)
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__", large)
-    toy("--out", tmp_path, "--amp", "fp16", "--steps", 80, "--device", device)
-    states = checkpoint(tmp_path, "last.pt")["optimizer"]["state"].values()
-    assert 35 < max(state["step"] for state in states) < 77
-
-@DEVICES
-def test_molecules_of_many_lengths_are_compiled_few_times(tmp_path, without_cpp, device):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    argv = "--demo 1 --steps 20 --eval_every 20 --batch_size 8 --amp fp32 --device".split()
-    plain, compiled = (run_main("train_cyp3a4", *argv, device, "--compile", compile,
-                                "--out", tmp_path / str(compile)) for compile in (0, 1))
-    assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-2)
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 7
-
 @NO_GPU
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_no_step_waits_for_the_gpu_cuda(script, amp, tmp_path, monkeypatch):
-    rate, argv = fpt.learning_rate, "--demo 1 --steps 5 --eval_every 5 --device cuda:0 --amp"
+@pytest.mark.parametrize("flags", ["--amp bf16", "--amp fp16", "--compile 1"])
+def test_no_step_waits_for_the_gpu_and_few_lengths_are_compiled_cuda(script, flags, tmp_path,
+                                                                     monkeypatch):
+    rate, argv = fpt.learning_rate, "--demo 1 --steps 20 --eval_every 20 --device cuda:0"
     def strict(args, step):  # waiting is an error, but in the last step, which evaluates
-        torch.cuda.set_sync_debug_mode("error" if step < args.steps else 0)
+        is_strict = step < args.steps and not args.compile
+        torch.cuda.set_sync_debug_mode("error" if is_strict else 0)
         return rate(args, step)
     monkeypatch.setattr(fpt, "learning_rate", strict)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.cuda.set_sync_debug_mode, 0)
-        run_main(script, *argv.split(), amp, "--out", tmp_path)
+        run_main(script, *argv.split(), *flags.split(), "--out", tmp_path)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 7
 
-def test_the_learning_rate_warms_up_and_ends_above_0(tmp_path):
-    for steps, warmup in (1000, 50), (40, 4), (1, 1):
-        args = parse("--steps", steps, "--lr", 1)
-        rates = [fpt.learning_rate(args, step) for step in range(1, steps + 1)]
-        assert rates[0] == pytest.approx(1 / warmup) and max(rates) > 0.97 and rates[-1] > 0
-        assert rates.index(max(rates)) == warmup - 1
-        assert rates[warmup:] == sorted(rates[warmup:])[::-1]
+@pytest.mark.parametrize("steps, warmup", [(1000, 50), (40, 4), (1, 1)])
+def test_the_learning_rate_warms_up_and_ends_above_0(steps, warmup):
+    args = parse("--steps", steps, "--lr", 1)
+    rates = [fpt.learning_rate(args, step) for step in range(1, steps + 1)]
+    assert rates[0] == pytest.approx(1 / warmup) and rates[-1] > 0
+    assert rates.index(max(rates)) == warmup - 1
 
 def test_matrices_decay_norms_biases_and_positions_do_not(tmp_path):
     toy("--out", tmp_path)
@@ -417,8 +460,6 @@ def test_batches_cover_an_epoch_and_group_lengths():
     feed = data.batches(100, 10, seed=0)
     first, second = (torch.cat([next(feed) for _ in range(10)]).tolist() for _ in "ab")
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    feed = data.batches(95, 10, seed=0, lengths=torch.arange(95))  # an epoch leaves out any five
-    assert max(torch.cat([next(feed) for _ in range(9)]).tolist()) > 90
     lengths = torch.randint(5, 60, (3200,), generator=torch.Generator().manual_seed(0))
     feed = data.batches(3200, 32, seed=0, lengths=lengths)
     epoch = torch.stack([lengths[next(feed)] for _ in range(100)])
@@ -455,16 +496,6 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
         assert outcome(out) == outcome(tmp_path / "whole")
     toy(*argv, "--out", tmp_path / "other", "--seed", 1)
     assert outcome(tmp_path / "other")[0] != outcome(out)[0]
-
-@DEVICES
-def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, device):
-    argv = "--device", device, "--noise", 0.5, "--amp", "fp16", "--eval_every", 10, "--out"
-    whole = toy(*argv, tmp_path / "whole")
-    stopped(3, *argv, tmp_path / "cut")
-    assert len(log_lines(tmp_path / "cut")) == 2
-    resumed = toy("--out", tmp_path / "cut", "--resume", 1, "--device", device, "--noise", 0.5)
-    for name in "step", "test_loss", "test_accuracy":
-        assert resumed[name] == pytest.approx(whole[name], rel=1e-3)
 
 def flip(state):  # the sign of a matrix in the second block
     state[next(name for name in sorted(state) if "1." in name and state[name].ndim == 2)] *= -1
@@ -586,6 +617,8 @@ def test_weights_and_biases_offline_and_the_same_run_after_a_stop(tmp_path, monk
     wandb.finish()
     toy("--resume", 1, "--out", tmp_path)
     wandb.finish()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not needed to evaluate
+    assert "test_loss" in toy("--eval", tmp_path / "best.pt")
     files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))  # one or two
     name, content = checkpoint(tmp_path)["flags"]["wandb_id"], b"".join(map(Path.read_bytes, files))
     assert {path.name for path in files} == {f"run-{name}.wandb"}
@@ -601,6 +634,164 @@ def test_without_weights_and_biases_a_run_ends_before_any_work(prepare, tmp_path
         env=environment, timeout=200, stdin=subprocess.DEVNULL, capture_output=True)
     assert ended.returncode == 2 and "Namespace" not in ended.stdout  # what main() would print
     assert "--wandb" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+
+# ---- The data sets -------------------------------------------------------------------------------
+def test_cifar10_from_its_archive_and_from_an_npz(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda *_: True)  # ours is another
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (120, 3072), np.uint8), rng.integers(0, 10, 120)
+    files = {f"data_batch_{1 + i}" if i < 5 else "test_batch": {
+        "data": pixels[20 * i:20 * i + 20], "labels": labels[20 * i:20 * i + 20].tolist()}
+        for i in range(6)} | {"batches.meta": {"label_names": list("abcdefghij")}}
+    put(tmp_path, {"cifar-10-python.tar.gz": tar({
+        f"cifar-10-batches-py/{name}": pickle.dumps(files[name]) for name in files})})
+    splits = data.cifar10(tmp_path)
+    # Row-major planes of red, green, blue become one pixel after the other.
+    images, labels = torch.tensor(pixels).view(-1, 3, 32, 32).movedim(1, 3), torch.tensor(labels)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    parts = [(images[i], labels[i]) for i in (order[10:], order[:10], torch.arange(100, 120))]
+    assert_same(splits, dict(zip(data.SPLITS, parts)))
+    put(tmp_path / "npz", npz(train_x=images[:100], train_y=labels[:100, None],
+                              test_x=images[100:], test_y=labels[100:]))
+    assert_same(splits, data.cifar10(tmp_path / "npz"))
+
+def test_mnist_from_its_files(tmp_path, monkeypatch, capsys):
+    put(tmp_path, idx())
+    splits = data.mnist(tmp_path)
+    assert sizes(splits) == [22, 2, 20] and splits["test"][1].dtype == torch.int64
+    assert splits["test"][1].tolist() == LABELS.tolist()
+    assert torch.equal(splits["test"][0], torch.tensor(DIGITS[:20]))
+    assert "not the original MNIST" in capsys.readouterr().out
+    content = b"".join(file[16 if "images" in name else 8:] for name, file in idx().items())
+    monkeypatch.setattr(data, "MNIST_SHA256", hashlib.sha256(content).hexdigest())
+    data.mnist(tmp_path)
+    assert not capsys.readouterr().out
+
+def test_speech_commands_from_its_archive(tmp_path, capsys):
+    hidden = "_background_noise_/hum.wav", ".git/hum.wav", "no/._s0_nohash_0.wav", "empty/a.txt"
+    files = clips(["yes", "no"], root="", **dict.fromkeys(hidden, b"no sound"))
+    put(tmp_path, {ARCHIVE: tar(files)})
+    splits = data.speech_commands(tmp_path)
+    assert splits["words"] == ["no", "yes"] and splits["test"][0].dtype == torch.int16
+    for split, speakers in zip(data.SPLITS, ("0123", "4", "5")):
+        names = [f"{word}/s{i}_nohash_0.wav" for word in ("no", "yes") for i in speakers]
+        for name, samples, label in zip(names, *splits[split], strict=True):
+            assert samples.numpy().tobytes() == files[name][44:].ljust(32000, b"\0")
+            assert splits["words"][label] == name.split("/")[0]
+    assert "2 of 35 words" in capsys.readouterr().out
+
+def test_cyp3a4_from_its_table(tmp_path, monkeypatch):
+    molecules = {"Cc1ccccc1": 1, "CCc1ccccc1": 0, "NC1CCCCC1": 1, "CCO": 0, "C[C@H](N)C(=O)O": 0}
+    head, content = "Drug_ID\tDrug\tY\n", "".join(f"{x}\t{molecules[x]}\n" for x in molecules)
+    lines = [f'7.0\t"{smiles}"\t"{label}.0"\n' for smiles, label in molecules.items()]
+    put(tmp_path, {"served.tab": "".join([head, *lines]).encode()})
+    monkeypatch.setattr(data, "CYP3A4_URL", (tmp_path / "served.tab").as_uri())
+    monkeypatch.setattr(data, "CYP3A4_SHA256", hashlib.sha256(content.encode()).hexdigest())
+    splits, read = data.cyp3a4(tmp_path), {}
+    for ids, lengths, labels in map(splits.get, data.SPLITS):
+        for one, length, label in zip(ids, lengths, labels):
+            read["".join(chr(32 + i) for i in one[:length])] = label.item()
+    assert read == molecules
+    assert data.cyp3a4(tmp_path, tokens="atoms")["train"][0].shape[2] == 4
+    put(tmp_path, {TABLE: "".join([head, *lines[::-1]]).encode()})  # would be split otherwise
+    refused("5 molecules", data.cyp3a4, tmp_path)
+
+@pytest.mark.parametrize("tokens", ["smiles", "atoms"])
+def test_one_molecule_has_the_same_ids_however_it_is_written(tokens):
+    for one, other in (
+            ("Clc1ccc(CO/N=C(/Cn2ccnc2)c2ccc(Cl)cc2Cl)c(Cl)c1",
+             "ClC1=CC(Cl)=C(CO/N=C(/CN2C=CN=C2)C2=C(Cl)C=C(Cl)C=C2)C=C1"),
+            ("CCO", "OCC"), ("CCO", " [CH3]CO\n")):
+        assert torch.equal(*(data.molecule_ids(smiles, tokens) for smiles in (one, other)))
+    for smiles in "CCO ethanol", "CCO\tethanol", "C1CC", "", " ", "CCÖ", "CC\x00O":
+        assert data.molecule_ids(smiles, tokens) is None
+
+def test_molecules_as_tokens():
+    toluene, ethyl = (data.molecule_ids(x, "atoms") for x in ("Cc1ccccc1", "CCc1ccccc1"))
+    assert toluene.shape == (7, 4) and toluene[:, :3].min() > 0 and ethyl.max() <= data.BUCKETS
+    assert toluene[0, 0] == ethyl[0, 0] and toluene[0, 1] != ethyl[0, 1]  # two methyl carbons
+    assert data.molecule_ids("C.CO", "atoms")[:, 1].gt(0).tolist() == [False, True, True]
+    assert data.molecule_ids("CCO", "smiles").tolist() == [ord(letter) - 32 for letter in "CCO"]
+
+def test_the_scaffold_split_by_hand():
+    # random.Random(0).shuffle turns the groups a b c d into c a b d.
+    scaffolds = ["a", "b", "a", "c", "d", "c", "c", "b", "a", "d"]
+    assert data.scaffold_split(scaffolds, 0.7) == ([3, 5, 6, 0, 2, 8], [1, 7, 4, 9])
+    assert data.scaffold_split(scaffolds, 0.8) == ([3, 5, 6, 0, 2, 8, 1, 7], [4, 9])
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real files are not here")
+def test_the_real_cyp3a4_has_the_published_split(tmp_path):
+    shutil.copy(SHARED / TABLE, tmp_path)
+    splits = data.cyp3a4(tmp_path)
+    assert sizes(splits) == [8875, 987, 2466] and splits["train"][0].shape[1] == 401
+    assert sum(int(splits[split][2].sum()) for split in splits) == 5110
+    table = [line.split("\t")[1] for line in (tmp_path / TABLE).read_text().splitlines()[1:]]
+    row = {Chem.CanonSmiles(smiles.strip('"')): i for i, smiles in enumerate(table)}
+    # The test rows that PyTDC 1.1.15's create_scaffold_split(df, 0, [0.8, 0.2, 0], "Drug") gives
+    rows = [row["".join(chr(32 + i) for i in ids if i)] for ids in splits["test"][0].tolist()]
+    digest = hashlib.sha256(",".join(map(str, rows)).encode()).hexdigest()
+    assert digest == "883f4b4070a15886f17e6f57b29941e72cde3500934ab23d3b0ca3e9a7b401e0"
+
+def test_the_cache_of_speech_depends_on_the_clips_and_the_version(tmp_path, monkeypatch):
+    put(tmp_path, clips())
+    first = data.speech_commands(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(wave, "open", lambda *_: pytest.fail("decoded again"))
+        again = data.speech_commands(tmp_path)
+    assert_same(first, again)
+    again["test"][0][:] = 7  # copy on write: others see the file as it was
+    assert_same(first, data.speech_commands(tmp_path))
+    name = next(name for name in clips() if "a/s5" in name)
+    put(tmp_path, {name: wav(np.full(13500, 5))})  # another clip of the same size
+    assert data.speech_commands(tmp_path)["test"][0][0, 0] == 5
+    monkeypatch.setattr(data, "CACHE_VERSION", -1)
+    data.speech_commands(tmp_path)
+    assert len(caches := list(tmp_path.glob("speech_*.npy"))) == 3
+    for cache in caches:
+        os.truncate(cache, 5000)
+    refused("delete", data.speech_commands, tmp_path)
+
+def test_of_three_processes_one_decodes(tmp_path):
+    put(tmp_path, clips())
+    code = ("import time, data; read = data.wave.open\n"
+            "data.wave.open = lambda name: (print('decoded'), time.sleep(0.2), read(name))[2]\n"
+            f"print(data.speech_commands('{tmp_path}')['test'][0].sum().item())")
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True,
+                                  stdout=subprocess.PIPE) for _ in range(3)]
+    printed = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    assert sum(lines.count("decoded") for lines in printed) == 18  # files, each once
+    assert len({lines[-1] for lines in printed}) == 1
+
+RAMP = np.linspace(0, 255, 28 * 28).round().reshape(28, 28)
+
+@pytest.mark.parametrize("dtype, suffix, scale", [
+    (np.uint8, "png", 1), (np.uint16, "png", 257), (np.int32, "tif", 257)])
+def test_an_image_of_any_depth_becomes_8_bits(dtype, suffix, scale, tmp_path):
+    Image.fromarray((RAMP * scale).astype(dtype)).save(path := tmp_path / f"ramp.{suffix}")
+    image = data.read_image(path, "L", 28, 0)
+    assert image.dtype == torch.uint8 and np.abs(image.numpy().astype(int) - RAMP).max() <= 1
+
+def test_an_image_is_upright_and_on_the_given_ground(tmp_path):
+    (exif := Image.Exif())[0x0112] = 3  # upside down
+    path = tmp_path / "image.png"
+    Image.fromarray(RAMP.astype(np.uint8)).save(path, exif=exif)
+    assert data.read_image(path, "L", 28, 0).tolist() == RAMP[::-1, ::-1].tolist()
+    clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    clear.putpixel((0, 0), (255, 255, 255, 255))
+    clear.save(path)
+    for ground in 0, 255:
+        image = data.read_image(path, "RGB", 8, ground)
+        assert image[0, 0].tolist() == [255] * 3 and image[4, 4].tolist() == [ground] * 3
+    os.truncate(path, 50)
+    refused("image.png", data.read_image, path, "RGB", 8, 0)
+
+@pytest.mark.parametrize("mode, paper, told", [("L", 250, True), ("L", 10, False), ("RGB", 250, 0)])
+def test_ink_on_paper_is_told(mode, paper, told, tmp_path, capsys):
+    digit = Image.new("L", (50, 40), paper)
+    digit.paste(260 - paper, (20, 5, 30, 35))
+    digit.save(tmp_path / "one.png")
+    data.read_image(tmp_path / "one.png", mode, 28, 0)
+    assert ("one.png is dark on light" in capsys.readouterr().out) == told
 
 # ---- The scripts ---------------------------------------------------------------------------------
 def test_patches_are_squares_in_reading_order():
@@ -620,23 +811,13 @@ def test_augmentation_moves_a_little_and_invents_nothing():
     assert set((moved[:, 16, 16, 0] - 16).tolist()) == set(range(-4, 5))
     clips = torch.arange(100.0).expand(50, 100)
     moved = train_speech.augment(clips)
-    assert torch.equal(moved.sort(1).values, clips)
-    assert 40 <= moved[:, 50].min() < 45 < 55 < moved[:, 50].max() <= 60
+    assert torch.equal(moved.sort(1).values, clips) and 40 <= moved[:, 50].min() < 45
     digits = torch.zeros(300, 2, 28, 28)
     digits[:, :, 13:15, 8:20] = 255  # a bar in the middle
     moved = train_mnist_add.augment(digits).flatten(0, 1)
     middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
     assert moved.min() >= 0 and abs(moved.mean() / digits.mean() - 1) < 0.05
-    assert 0.5 < middle.std() and middle.abs().max() < 2.9 and len(middle.unique()) > 500
-
-@pytest.mark.parametrize("tokens", ["mel", "wave"])
-def test_sound_as_tokens(tokens):
-    waves = (8000 * torch.sin(torch.arange(16000) * 0.3)).short().repeat(2, 1)
-    waves[1] //= 40  # how loud it is makes no difference, as many clips are quiet
-    features = train_speech.to_tokens(waves, tokens)
-    assert features.shape == (2, train_speech.TIMES[tokens], 80)
-    assert features.mean().abs() < 1e-4 and features[1].std().item() == pytest.approx(1, rel=1e-2)
-    assert torch.corrcoef(features.flatten(1))[0, 1] > 0.9
+    assert 0.5 < middle.std() and middle.abs().max() < 2.9
 
 def test_metrics_by_hand():
     def figures(score, targets):
@@ -659,8 +840,7 @@ def test_sums_use_every_digit_equally_and_l1_is_the_absolute_error_of_the_sum(tm
     assert error == pytest.approx(result["test_mae"], abs=0.26)
 
 def test_each_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(HERE), "HTTPS_PROXY": "http://127.0.0.1:9/"}
-    environment |= {"WORLD_SIZE": "2"}  # some clusters set it, without torchrun
+    environment = os.environ | {"PYTHONPATH": str(HERE), "WORLD_SIZE": "2"}  # as some clusters do
     processes = {}
     for script in SCRIPTS:
         code = (f"import runpy, sys; runpy.run_path('{HERE}/{script}.py', run_name='__main__'); "
@@ -694,9 +874,7 @@ def test_a_script_trains_evaluates_and_predicts(script, argv, given, classes, tm
     differ = {name for name in again if results[0][name] != results[1][name]}
     assert "test_loss" in differ and not differ & {"trainable_parameters", "total_parameters"}
     Image.fromarray(np.arange(2700, dtype=np.uint8).reshape(30, 30, 3)).save(tmp_path / "a.png")
-    with wave.open(f"{tmp_path}/a.wav", "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
-        file.writeframes((np.arange(20000) % 500).astype("<i2").tobytes())
+    put(tmp_path, {"a.wav": wav(np.arange(20000) % 500)})
     capsys.readouterr()
     argv = "--eval", out / "best.pt", "--data", "none"  # the checkpoint is enough
     run_main(script, *model, *argv, "--predict", given.format(tmp_path))
@@ -727,12 +905,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 54
 MODELS = [  # what the line says (None: it is accepted), model type, what is changed
     ("attention", "gpt2", dict(is_causal=False)),
     ("attention", "gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
-    ("attention", "gpt2", dict(scale_attn_weights=False)),
     ("transformers", "llama", dict(transformers_version="99.0.0")),
     ("q_proj.bias", "llama", dict(weights=add("layers.0.self_attn.q_proj.bias", 32))),
     ("scale_inv", "llama", dict(weights=add("layers.0.mlp.up_proj.weight_scale_inv", 1, 1))),
-    (r"h\.1", "gpt2", dict(n_layer=1)), (r"layer\.1", "bert", dict(num_hidden_layers=1)),
-    (r"h\.[23]", "gpt2", dict(n_layer=4)), ("", "gpt2", dict(n_embd=64)),
+    (r"h\.1", "gpt2", dict(n_layer=1)), (r"h\.[23]", "gpt2", dict(n_layer=4)),
     ("finite", "gpt2", dict(weights=spoil)), ("bitsa", "gpt2", dict(quantization_config=BNB)),
     ("it is t5", "gpt2", dict(model_type="t5")), ("abacus", "gpt2", dict(model_type="abacus")),
     ("surprise|code", "gpt2", dict(model_type="surprise", **CODE)), (None, "bert", CODE),
@@ -742,11 +918,8 @@ MODELS = [  # what the line says (None: it is accepted), model type, what is cha
     ("file", "gpt2", dict(files={"model.safetensors": None})),
     (None, "gpt2", dict(weights=add("h.0.attn.bias", 1, 1, 512, 512))),  # buffers of old files
     (None, "gpt2", dict(weights=add("h.0.attn.masked_bias"))),
-    (None, "bert", dict(weights=add("embeddings.position_ids", 1, 64))),
     (None, "llama", dict(weights=add("layers.0.self_attn.rotary_emb.inv_freq", 8))),
-    (None, "gpt2", dict(weights=add("score.weight", 2, 32))),  # heads and poolers
-    (None, "bert", dict(weights=add("pooler.dense.weight", 32, 32))),
-    (None, "vit", dict(weights=add("classifier.bias", 9)))]
+    (None, "gpt2", dict(weights=add("score.weight", 2, 32)))]  # a head
 
 @pytest.mark.parametrize("says, kind, change", MODELS, ids=str)
 def test_a_model_is_used_as_it_is_or_refused_at_once(says, kind, change, tmp_path, monkeypatch):
@@ -777,11 +950,11 @@ MADE = {  # what a case names in braces
     "words": lambda path: torch.save(FAKE | {"flags": WORDS}, path),
     "run": lambda path: toy("--out", path, "--steps", 1)}
 BAD_INPUT = [  # script, flags, exit code, what the line says, whether a GPU would do
-    *[("cifar", flag, 2, flag.split()[0]) for flag in (
-        "--layers -1", "--init_std -1", "--steps 0", "--batch_size -4", "--accumulate 0", "--lr -1",
-        "--lr nan", "--lr inf", "--eval_every 0", "--seed -1", "--steps many", "--train in,nose",
-        "--train in,,out", "--pool first", "--layers 0 --train in,attn", "--init_std 0.1",
-        "--predict cat.png", "--nonsense", "--device abacus", "--device mps", "--resume 1")],
+    *[("cifar", flag, 2, re.split("[ =]", flag)[0]) for flag in (
+        "--layers -1", "--init_std -1", "--steps 0", "--batch_size -4", "--accumulate 0", "--lr nan",
+        "--eval_every 0", "--seed -1", "--steps many", "--train in,nose", "--pool first",
+        "--layers 0 --train in,attn", "--init_std 0.1", "--predict cat.png", "--predict=",
+        "--nonsense", "--device abacus", "--resume 1")],
     ("cifar", "--device cuda", 2, "--device", "no GPU"), ("mnist_add", "--n 0", 2, "--n"),
     ("cifar", "--resume 1 --out typo", 1, "typo/last.pt"), ("cifar", "--layers 3", 1, "2 blocks"),
     ("cifar", "--pretrained 0 --model gpt2 --layers 13", 1, "12 blocks"),
@@ -791,6 +964,7 @@ BAD_INPUT = [  # script, flags, exit code, what the line says, whether a GPU wou
     ("cyp3a4", "--eval {molecules} --predict C1CC", 1, "C1CC"),
     ("speech", "--eval {words} --predict {file}", 1, "file"),
     ("speech", "--eval {words}", 1, "words"), ("cifar", "--eval no.pt", 1, "no.pt"),
+    ("cifar", "--eval=", 1, "missing or not a checkpoint"),
     ("cifar", "--eval {file}", 1, "file"), ("cifar", "--eval {trap}", 1, "UnpicklingError"),
     ("cifar", "--eval {run}", 1, "run"), ("cifar", "--eval {run}/best.pt", 2, "task toy"),
     ("cifar", "--resume 1 --out {run}", 2, "task toy"),
@@ -810,3 +984,36 @@ def test_bad_input(case, tmp_path, monkeypatch):
     run = toy if script == "toy" else functools.partial(run_main, f"train_{script}")
     assert refused(says, run, *argv) == code
     assert not Path("was-run").exists() and not list(Path("runs").rglob("*.pt"))
+
+BAD_FILES = [  # function of data.py, files, what the line says
+    ("cifar10", {}, "cifar-10-python.tar.gz.*refused.*--demo 1"),
+    ("cifar10", {"cifar10.npz": b"text"}, "cifar10.npz.*delete"),
+    ("cifar10", npz(train_x=PIXELS / 255), "cifar10.npz.*float64"),
+    ("cifar10", npz(train_x=PIXELS[:9], train_y=LABELS[:9]), "10 or more"),
+    ("cifar10", npz(train_x=PIXELS[0, 0, 0, 0]), r"uint8 \(\)"),
+    ("cifar10", npz(test_y=np.array(["cat"] * 20)), "labels <U3"),
+    ("mnist", {}, r"raw.*refused.*{train,t10k}-{images-idx3,labels-idx1}-ubyte.*--demo 1"),
+    ("mnist", {"MNIST/raw/train-images.idx3-ubyte": b""}, "the four files .*-ubyte"),
+    ("mnist", idx(images=DIGITS[:12]), r"raw.*\(12, 28, 28\).*\(24,\)"),
+    ("mnist", idx(test_labels=LABELS[:10]), r"\(10,\)"),
+    ("mnist", idx(labels=np.arange(24)), "0 to 9"),
+    ("mnist", idx(images=np.zeros((24, 32, 32))), "24, 32, 32"),
+    ("speech_commands", {}, f"put {ARCHIVE}.*--demo 1"),
+    ("speech_commands", {ARCHIVE: tar({"a/a.wav": os.urandom(50000)})[:20000]}, "EOFError"),
+    ("speech_commands", clips(**{"a/s0_nohash_0.wav": b"text" * 9}), "a/s0_nohash_0.wav.*RIFF"),
+    ("speech_commands", clips(**{"a/9.wav": wav(range(8))[:-4]}), "a/9.wav.* 8 samples"),
+    ("speech_commands", clips(**{"a/9.wav": wav([])}), " 0 samples"),
+    ("speech_commands", clips(**{"a/9.wav": wav([1, 2], channels=2)}), "2 channels"),
+    ("speech_commands", clips(**{"a/9.wav": wav([1, 2], rate=8000)}), "8000 Hz"),
+    ("speech_commands", clips(**{"b/s5_nohash_0.wav": None}), "lacks 1"),
+    ("speech_commands", clips(**{"testing_list.txt": None}), "testing_list.txt"),
+    ("speech_commands", clips(**{"testing_list.txt": b""}), r"\[15, 3, 0\]"),
+    ("speech_commands", clips([f"w{i}" for i in range(35)]), r"\[140, 35, 35\].*\[84843, 9981, 11"),
+    ("cyp3a4", {}, f"{TABLE}.*refused.*--demo 1"),
+    ("cyp3a4", {TABLE: b"Drug_ID\tSmiles\tY\n1\tCCO\t0\n"}, f"{TABLE}.*KeyError.*'Drug'"),
+    ("cyp3a4", {TABLE: b"Drug_ID\tDrug\tY\n1\tCCO\t1\n"}, "1 molecules.*12,328")]
+
+@pytest.mark.parametrize("load, files, says", BAD_FILES, ids=[f"{a} {c}" for a, _, c in BAD_FILES])
+def test_bad_data(load, files, says, tmp_path):
+    put(tmp_path / "a" / "b", files)
+    assert refused(says, getattr(data, load), tmp_path / "a" / "b") == 1
