@@ -270,8 +270,7 @@ def accuracy(outputs, targets):
             "majority_accuracy": majority / len(targets)}
 
 def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy, metrics=accuracy):
-    """Train, keep the checkpoint of lowest validation loss, and test it once, at the end. Returns
-    the last line of the log, under torchrun in process 0 only.
+    """Train, keep the checkpoint of lowest validation loss, test it, return the log's last line.
 
     batch:     of a split and an index int64 [n] (on the CPU): tokens and lengths or None, as
                FPT.forward takes them, and targets int64 [n], all on args.device
