@@ -1,14 +1,11 @@
-"""Tests: no network and no data set needed, about three minutes on two cores.
+"""Tests: no network and no data set needed, three to five minutes on two cores.
 
     python -m pytest test_all.py                  # everything
-    python -m pytest test_all.py -k bad_input     # one part
     python -m pytest test_all.py -k cuda          # where there is a GPU: what is different there
-    KILLS=100 python -m pytest test_all.py -k killed
     GPT2_ONLINE=1 python -m pytest test_all.py -k own_weights    # downloads GPT-2
-
 Models are tiny folders that the tests save. `toy` is a task that takes a tenth of a second."""
 import contextlib, functools, hashlib, importlib, io, json, math, multiprocessing, os, pickle
-import random, re, shutil, subprocess, sys, tarfile, tempfile, threading, time, wave
+import random, re, shutil, subprocess, sys, tempfile, threading, time, wave
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: two threads only wait for each other
@@ -48,7 +45,7 @@ SMALL = dict.fromkeys(fpt.TEXT, TEXT | dict(head_dim=16, num_key_value_heads=1))
                     decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, init_std=0.2,
                     num_mel_bins=8, max_source_positions=64, vocab_size=60, pad_token_id=0)}
 INPUTS = {"whisper": (1, 8, 128), "audio-spectrogram-transformer": (1, 32, 16)}  # else images
-ARCHIVE, TABLE = "speech_commands_v0.02.tar.gz", "cyp3a4_veith.tab"
+ARCHIVE, TABLE = "speech_commands_v0.02", "cyp3a4_veith.tab"
 PIXELS, LABELS = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
 DIGITS = np.random.default_rng(0).integers(0, 256, (24, 28, 28), np.uint8)
 
@@ -184,15 +181,6 @@ def outcome(folder):
         "trained", "optimizer", "scaler", "step", "best_loss"))])
     return rows, [number.tolist() if torch.is_tensor(number) else number for number in numbers]
 
-def tar(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
 def wav(samples, rate=16000, channels=1):
     with wave.open(buffer := io.BytesIO(), "wb") as file:
         file.setparams((channels, 2, rate, 0, "NONE", ""))
@@ -212,7 +200,7 @@ def idx(images=DIGITS, labels=np.arange(24) % 10, test=DIGITS[:20], test_labels=
     return {f"MNIST/raw/{name}-ubyte": header(x) + x.astype(np.uint8).tobytes()
             for name, x in arrays.items()}
 
-def clips(words="abc", root="SpeechCommands/speech_commands_v0.02/", **changed):
+def clips(words="abc", root=f"SpeechCommands/{ARCHIVE}/", **changed):
     """For each word a clip of speakers s0 to s5; s4 is for validation, s5 for test."""
     rng = np.random.default_rng(0)
     files = {f"{word}/s{i}_nohash_0.wav": wav(rng.integers(-9999, 9999, 16000 - 500 * i))
@@ -220,15 +208,11 @@ def clips(words="abc", root="SpeechCommands/speech_commands_v0.02/", **changed):
     for name, end, listed in ("validation", "s4", words), ("testing", "s5", [*words, "zebra"]):
         lines = [f"{word}/{end}_nohash_0.wav\n\n" for word in listed]
         files[f"{name}_list.txt"] = "".join(lines).encode()
-    files |= changed
+    files |= changed  # None: it is left out
     return {root + name: files[name] for name in files if files[name] is not None}
 
-def sizes(splits):
-    return [len(splits[split][-1]) for split in data.SPLITS]
-
 def assert_same(one, other):
-    assert sizes(one) == sizes(other)
-    assert all(all(map(torch.equal, one[split], other[split])) for split in data.SPLITS)
+    assert all(torch.equal(x, y) for split in data.SPLITS for x, y in zip(one[split], other[split]))
 
 # ---- The model -----------------------------------------------------------------------------------
 @DEVICES
@@ -243,7 +227,7 @@ def test_ours_equals_transformers_gpt2(activation, saved_as, pool, device, tmp_p
     outputs = model.to(device)(tokens.to(device)).cpu()
     torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
 
-def test_gpt2_with_its_own_weights(tmp_path):
+def test_gpt2_with_its_own_weights():
     try:
         theirs = AutoModel.from_pretrained("gpt2", dtype=torch.float32).eval()
     except OSError:
@@ -251,10 +235,11 @@ def test_gpt2_with_its_own_weights(tmp_path):
     model, tokens = core("openai-community/gpt2"), torch.randn(8, 3, 4)
     expected = theirs(inputs_embeds=model.input(tokens)).last_hidden_state[:, -1]
     torch.testing.assert_close(model(tokens), model.output(expected), rtol=1e-4, atol=1e-3)
-    argv = "--model", "gpt2", "--out", tmp_path, "--eval_every", 1, "--steps", 2, "--lr", 1e-3
-    toy(*argv, sizes=(32, 40, 60))  # one batch
-    first, second, _ = log_lines(tmp_path)
-    assert second["train_loss"] < first["train_loss"]
+    loss_fn, targets = nn.CrossEntropyLoss(), torch.arange(8) % 3
+    before = loss_fn(model(tokens), targets)
+    before.backward()
+    fpt.adamw(parse("--lr", 1e-3), model).step()
+    assert loss_fn(model(tokens), targets) < before
 
 @pytest.mark.parametrize("kind", fpt.TEXT + fpt.STACKS)
 def test_another_core_computes_what_transformers_computes(kind):
@@ -308,42 +293,21 @@ def test_the_last_token_of_a_causal_core_is_read_of_others_the_mean(kind, layers
 def test_layers_keeps_the_first_blocks_and_changes_no_number(kind, pretrained):
     none, one, two = (core(kind, "--pretrained", pretrained, "--layers", n) for n in (0, 1, 2))
     for part in none, one:
-        weights, all_weights = dict(part.named_parameters()), dict(two.named_parameters())
-        assert weights.keys() < all_weights.keys()
-        assert all(torch.equal(weights[name], all_weights[name]) for name in weights)
+        assert all(torch.equal(p, two.get_parameter(name)) for name, p in part.named_parameters())
     assert not {"attn", "ff"} & {part for _, part in none.named_parts()}
     tokens = torch.randn(3, 2, 4)  # without a block there is still one nonlinearity
     expected = none.output(F.gelu(none.core(none.input(tokens))).mean(1))
     torch.testing.assert_close(none(tokens), expected)
 
-def test_random_matrices_have_one_scale_the_rest_is_neutral_and_tokens_have_theirs():
-    for argv, std in ([], 32 ** -0.5), (["--init_std", 0.02, "--seed", 1], 0.02):
-        for name, p in core("gpt2", "--pretrained", 0, *argv).core.named_parameters():
-            neutral = torch.full_like(p, float("bias" not in name))
-            scaled = p.ndim == 2 and p.std().item() == pytest.approx(std, rel=0.15)
-            assert scaled and p.mean().abs() < 0.1 * std or torch.equal(p, neutral), name
-    for discrete, tokens in (True, torch.arange(1, 500)[None]), (False, torch.randn(1, 200, 500)):
-        vectors = core("gpt2", inputs=500, discrete=discrete).input(tokens)
-        assert vectors.std().item() == pytest.approx(0.1, rel=0.1)
-
-@pytest.mark.parametrize("kind, numbers", [
-    ("gpt2", [-0.1142, -0.4127, 0.5305, 0.3481]), ("bert", [2.1253, -0.2448, 0.8380, -0.0996]),
-    ("whisper", [-1.8692, 2.5131, 0.7536, -0.0505]), ("vit", [-1.5017, 1.1537, -0.1582, 1.2442]),
-    ("dinov2", [-0.8631, 0.3192, 1.4675, -0.7047])])
-def test_random_cores_are_the_same_on_every_machine(kind, numbers):
-    found = core(kind, "--pretrained", 0).fingerprint
-    assert found[:2] + found[16:18] == pytest.approx(numbers, abs=1e-3)
-
-@pytest.mark.parametrize("inputs, outputs, count", [
-    (48, 10, 83_722), (784, 91, 711_259), (16, 10, 59_146), (80, 35, 127_523)])
-def test_as_many_parameters_are_trained_as_in_the_original(inputs, outputs, count, tmp_path):
-    GPT2Config(n_inner=1, vocab_size=1).save_pretrained(tmp_path)  # as wide and deep, with less MLP
-    args = parse("--model", tmp_path, "--pretrained", 0, "--train", "in,out,ln")
-    trained = [p for p in fpt.FPT(args, inputs, outputs, 64).parameters() if p.requires_grad]
-    assert sum(map(torch.numel, trained)) == count
-    with torch.device("meta"):  # shapes without numbers
-        whole = fpt.GPT2(GPT2Config(), layers=12)
-    assert sum(map(torch.numel, whole.parameters())) == 124_439_808 - 50257 * 768  # all but wte
+@pytest.mark.parametrize("kind, argv, numbers", [
+    ("gpt2", [], [-0.1142, -0.4127, 0.5305]), ("bert", [], [2.1253, -0.2448, 0.8380]),
+    ("vit", [], [-1.5017, 1.1537, -0.1582]), ("whisper", [], [-1.8692, 2.5131, 0.7536]),
+    ("dinov2", [], [-0.8631, 0.3192, 1.4675]),
+    ("gpt2", ["--init_std=0.02", "--seed=1"], [1.7975, -1.3648, 0.5243])])
+def test_random_cores_are_the_same_on_every_machine(kind, argv, numbers):
+    model = core(kind, "--pretrained", 0, *argv, inputs=500)
+    assert [model.fingerprint[i] for i in (0, 1, 16)] == pytest.approx(numbers, abs=1e-3)
+    assert model.input(torch.randn(1, 200, 500)).std().item() == pytest.approx(0.1, rel=0.1)
 
 @pytest.mark.parametrize("train", ["in,out,ln,pos", "out", "ln", "attn", "in,ff", "all"])
 def test_only_the_named_parts_are_trained_and_saved(tmp_path, train):
@@ -363,15 +327,12 @@ def test_a_run_learns_and_its_log_is_complete(tmp_path, capsys):
     toy("--out", tmp_path, "--steps", 200, "--eval_every", 50, "--seed", 3, metrics=metrics)
     *rows, last = log_lines(tmp_path)
     assert [row["step"] for row in rows] == [50, 100, 150, 200]
-    assert rows[3]["train_loss"] < rows[0]["train_loss"]
-    names = """train_loss train_loss_start train_loss_final train_accuracy train_seconds
-        validation_loss validation_accuracy validation_majority_accuracy evaluation_seconds"""
-    printed = capsys.readouterr().out
-    for name in names.split():
-        assert isinstance(rows[0][name], float) and name.replace("_", " ") in printed
+    assert rows[3]["train_loss"] < rows[0]["train_loss_start"]
     assert rows[0]["validation_nothing"] is last["test_nothing"] is None  # JSON's null
     assert last["test_accuracy"] > last["test_majority_accuracy"] + 0.2
     assert {"seed": 3, "lr": 0.01, "model": folder("gpt2")}.items() <= last.items()
+    printed = capsys.readouterr().out
+    assert all(f"| {name.replace('_', ' ')} " in printed for name in rows[0])
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss_and_is_tested_once(tmp_path):
     seen = []
@@ -380,9 +341,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss_and_is_tested_once(t
             seen.append((split, toy.model.input.weight.tolist()))
         if split == "validation" and len(seen) != 3:
             targets.copy_((targets + 1) % 3)  # wrong, but in the third evaluation
-    def worst(outputs, targets):  # an accuracy that would choose another one
-        return {"accuracy": -fpt.accuracy(outputs, targets)["accuracy"]}
-    toy("--out", tmp_path, "--steps", 25, "--eval_every", 5, hook=hook, metrics=worst)
+    toy("--out", tmp_path, "--steps", 25, "--eval_every", 5, hook=hook)
     best = checkpoint(tmp_path)
     assert [split for split, _ in seen] == ["validation"] * 5 + ["test"]
     assert seen[2][1] == seen[5][1] == best["trained"]["input.weight"].tolist()
@@ -402,18 +361,14 @@ def test_eval_gives_the_same_figures_writes_nothing_and_moves_to_the_cpu(tmp_pat
     assert other == pytest.approx(one, rel=1e-4)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
-@pytest.fixture
-def without_cpp(monkeypatch, device):
-    """On a CPU: all of torch.compile but the C++ compiler, which takes a minute."""
-    if device == "cpu":
-        without = functools.partialmethod(nn.Module.compile, backend="aot_eager")
-        monkeypatch.setattr(nn.Module, "compile", without)
-
 @DEVICES
 @pytest.mark.parametrize("argv, tolerance", [
     ("--amp bf16", 0.15), ("--amp fp16", 0.15), ("--compile 1", 1e-4),
     ("--batch_size 16 --accumulate 2", 1e-4)])
-def test_other_ways_to_train_give_the_same(argv, tolerance, tmp_path, without_cpp, device):
+def test_other_ways_to_train_give_the_same(argv, tolerance, tmp_path, monkeypatch, device):
+    if device == "cpu":  # all of torch.compile but the C++ compiler, which takes a minute
+        without = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+        monkeypatch.setattr(nn.Module, "compile", without)
     common = "--device", device, "--steps", 100 if "amp" in argv else 3, "--out"
     plain = toy(*common, tmp_path / "plain")
     other = toy(*common, tmp_path / "other", *argv.split())
@@ -424,37 +379,30 @@ def test_other_ways_to_train_give_the_same(argv, tolerance, tmp_path, without_cp
 
 @NO_GPU
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("flags", ["--amp bf16", "--amp fp16", "--compile 1"])
-def test_no_step_waits_for_the_gpu_and_few_lengths_are_compiled_cuda(script, flags, tmp_path,
-                                                                     monkeypatch):
+@pytest.mark.parametrize("flag", ["--amp=bf16", "--amp=fp16", "--compile=1"])
+def test_no_step_waits_and_few_lengths_are_compiled_cuda(script, flag, tmp_path, monkeypatch):
     rate, argv = fpt.learning_rate, "--demo 1 --steps 20 --eval_every 20 --device cuda:0"
     def strict(args, step):  # waiting is an error, but in the last step, which evaluates
-        is_strict = step < args.steps and not args.compile
-        torch.cuda.set_sync_debug_mode("error" if is_strict else 0)
+        torch.cuda.set_sync_debug_mode(2 if step < args.steps and not args.compile else 0)
         return rate(args, step)
     monkeypatch.setattr(fpt, "learning_rate", strict)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.cuda.set_sync_debug_mode, 0)
-        run_main(script, *argv.split(), *flags.split(), "--out", tmp_path)
+        run_main(script, *argv.split(), flag, "--out", tmp_path)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 7
 
-@pytest.mark.parametrize("steps, warmup", [(1000, 50), (40, 4), (1, 1)])
-def test_the_learning_rate_warms_up_and_ends_above_0(steps, warmup):
-    args = parse("--steps", steps, "--lr", 1)
-    rates = [fpt.learning_rate(args, step) for step in range(1, steps + 1)]
-    assert rates[0] == pytest.approx(1 / warmup) and rates[-1] > 0
-    assert rates.index(max(rates)) == warmup - 1
-
-def test_matrices_decay_norms_biases_and_positions_do_not(tmp_path):
+def test_the_learning_rate_warms_up_and_matrices_decay(tmp_path):
     toy("--out", tmp_path)
+    rates = [fpt.learning_rate(parse("--lr", 1), step) for step in range(1, 41)]
+    assert rates[0] == 1 / 4 and rates.index(max(rates)) == 3 and 0 < rates[-1] < 0.01
     last = checkpoint(tmp_path, "last.pt")["optimizer"]
     decays = {i: group["weight_decay"] for group in last["param_groups"] for i in group["params"]}
     matrices = [last["state"][i]["exp_avg"].shape for i in decays if decays[i]]
     assert sorted(matrices) == [(3, 32), (32, 4)]  # of the output and input layers
     assert len(decays) == 2 + 2 + 1 + 2 * 5  # also two biases, the positions and five norms
-    assert {group["lr"] for group in last["param_groups"]} == {fpt.learning_rate(parse(), step=40)}
+    assert last["param_groups"][1]["lr"] == pytest.approx(0.01 * rates[-1])
 
 def test_batches_cover_an_epoch_and_group_lengths():
     feed = data.batches(100, 10, seed=0)
@@ -472,7 +420,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, bad_from)
     refused("finite", toy, "--out", tmp_path)
     for saved in checkpoint(tmp_path), checkpoint(tmp_path, "last.pt"):
         assert saved["step"] == 20 and all(p.isfinite().all() for p in saved["trained"].values())
-    assert [row["step"] for row in log_lines(tmp_path)] == [20]
 
 # ---- Runs that are stopped, checkpoints of other runs --------------------------------------------
 @pytest.mark.parametrize("amp, kills", [("fp32", int(os.environ.get("KILLS", 8))), ("fp16", 2)])
@@ -494,8 +441,6 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
             assert code in (0, -9)  # finished or killed
             kills += code // 9
         assert outcome(out) == outcome(tmp_path / "whole")
-    toy(*argv, "--out", tmp_path / "other", "--seed", 1)
-    assert outcome(tmp_path / "other")[0] != outcome(out)[0]
 
 def flip(state):  # the sign of a matrix in the second block
     state[next(name for name in sorted(state) if "1." in name and state[name].ndim == 2)] *= -1
@@ -595,18 +540,19 @@ def test_half_an_environment_of_torchrun_is_refused(world, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", world) if world else None
     assert refused("MASTER_ADDR", toy, "--out", tmp_path) == 2
 
-def test_every_script_runs_in_a_notebook_cell_and_ignores_its_arguments(tmp_path):
+def test_the_arguments_of_a_notebook_are_ignored():
     for launcher in "ipykernel_launcher.py", "ipykernel/__main__.py", "colab_kernel_launcher.py":
         parser, sys.argv = toy_parser(), [f"/somewhere/{launcher}", "-f", "kernel-1.json"]
         assert fpt.run(parser, lambda args: args.steps) == 40
-    nbclient, nbformat = map(importlib.import_module, ("nbclient", "nbformat"))
-    cells = ["import sys, fpt\nfpt.run(fpt.flags('x', ''), lambda args: print(args.steps))"]
+
+def test_every_script_runs_in_a_notebook_cell(tmp_path):
+    import nbclient, nbformat
+    cells = []
     for script in SCRIPTS:
         words = f"x.py --demo 1 --steps 2 --model {folder('gpt2')} --out {tmp_path / script}"
-        cells += [f"sys.argv = {words.split()}", (HERE / f"{script}.py").read_text()]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.execute(notebook, str(HERE), timeout=200)
-    assert "1000" in str(notebook.cells[0].outputs)
+        cells += [f"import sys; sys.argv = {words.split()}", (HERE / f"{script}.py").read_text()]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(x) for x in cells])
+    nbclient.execute(notebook, str(HERE), timeout=300)
     assert all(log_lines(tmp_path / script)[-1]["step"] == 2 for script in SCRIPTS)
 
 def test_weights_and_biases_offline_and_the_same_run_after_a_stop(tmp_path, monkeypatch):
@@ -638,27 +584,27 @@ def test_without_weights_and_biases_a_run_ends_before_any_work(prepare, tmp_path
 # ---- The data sets -------------------------------------------------------------------------------
 def test_cifar10_from_its_archive_and_from_an_npz(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda *_: True)  # ours is another
-    rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(0, 256, (120, 3072), np.uint8), rng.integers(0, 10, 120)
-    files = {f"data_batch_{1 + i}" if i < 5 else "test_batch": {
-        "data": pixels[20 * i:20 * i + 20], "labels": labels[20 * i:20 * i + 20].tolist()}
-        for i in range(6)} | {"batches.meta": {"label_names": list("abcdefghij")}}
-    put(tmp_path, {"cifar-10-python.tar.gz": tar({
-        f"cifar-10-batches-py/{name}": pickle.dumps(files[name]) for name in files})})
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 3072), np.uint8)
+    labels = pixels[:, 0] % 10
+    files = {"batches.meta": {"label_names": list("abcdefghij")}}
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        part = slice(20 * i, 20 * i + 20)
+        files[name] = {"data": pixels[part], "labels": labels[part].tolist()}
+    put(tmp_path / "to/cifar-10-batches-py", {x: pickle.dumps(files[x]) for x in files})
+    shutil.make_archive(tmp_path / "cifar-10-python", "gztar", tmp_path / "to")
     splits = data.cifar10(tmp_path)
-    # Row-major planes of red, green, blue become one pixel after the other.
-    images, labels = torch.tensor(pixels).view(-1, 3, 32, 32).movedim(1, 3), torch.tensor(labels)
+    images, y = torch.tensor(pixels).view(-1, 3, 32, 32).movedim(1, 3), torch.tensor(labels).long()
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    parts = [(images[i], labels[i]) for i in (order[10:], order[:10], torch.arange(100, 120))]
+    parts = [(images[i], y[i]) for i in (order[10:], order[:10], torch.arange(100, 120))]
     assert_same(splits, dict(zip(data.SPLITS, parts)))
-    put(tmp_path / "npz", npz(train_x=images[:100], train_y=labels[:100, None],
-                              test_x=images[100:], test_y=labels[100:]))
+    put(tmp_path / "npz", npz(train_x=images[:100], train_y=y[:100, None],
+                              test_x=images[100:], test_y=y[100:]))
     assert_same(splits, data.cifar10(tmp_path / "npz"))
 
 def test_mnist_from_its_files(tmp_path, monkeypatch, capsys):
     put(tmp_path, idx())
     splits = data.mnist(tmp_path)
-    assert sizes(splits) == [22, 2, 20] and splits["test"][1].dtype == torch.int64
+    assert [len(y) for _, y in splits.values()] == [22, 2, 20]
     assert splits["test"][1].tolist() == LABELS.tolist()
     assert torch.equal(splits["test"][0], torch.tensor(DIGITS[:20]))
     assert "not the original MNIST" in capsys.readouterr().out
@@ -670,7 +616,8 @@ def test_mnist_from_its_files(tmp_path, monkeypatch, capsys):
 def test_speech_commands_from_its_archive(tmp_path, capsys):
     hidden = "_background_noise_/hum.wav", ".git/hum.wav", "no/._s0_nohash_0.wav", "empty/a.txt"
     files = clips(["yes", "no"], root="", **dict.fromkeys(hidden, b"no sound"))
-    put(tmp_path, {ARCHIVE: tar(files)})
+    put(tmp_path / "to", files)
+    shutil.make_archive(tmp_path / ARCHIVE, "gztar", tmp_path / "to")
     splits = data.speech_commands(tmp_path)
     assert splits["words"] == ["no", "yes"] and splits["test"][0].dtype == torch.int16
     for split, speakers in zip(data.SPLITS, ("0123", "4", "5")):
@@ -692,7 +639,6 @@ def test_cyp3a4_from_its_table(tmp_path, monkeypatch):
         for one, length, label in zip(ids, lengths, labels):
             read["".join(chr(32 + i) for i in one[:length])] = label.item()
     assert read == molecules
-    assert data.cyp3a4(tmp_path, tokens="atoms")["train"][0].shape[2] == 4
     put(tmp_path, {TABLE: "".join([head, *lines[::-1]]).encode()})  # would be split otherwise
     refused("5 molecules", data.cyp3a4, tmp_path)
 
@@ -708,7 +654,7 @@ def test_one_molecule_has_the_same_ids_however_it_is_written(tokens):
 
 def test_molecules_as_tokens():
     toluene, ethyl = (data.molecule_ids(x, "atoms") for x in ("Cc1ccccc1", "CCc1ccccc1"))
-    assert toluene.shape == (7, 4) and toluene[:, :3].min() > 0 and ethyl.max() <= data.BUCKETS
+    assert toluene.shape == (7, 4) and 0 < toluene[:, :3].min() < ethyl.max() <= data.BUCKETS
     assert toluene[0, 0] == ethyl[0, 0] and toluene[0, 1] != ethyl[0, 1]  # two methyl carbons
     assert data.molecule_ids("C.CO", "atoms")[:, 1].gt(0).tolist() == [False, True, True]
     assert data.molecule_ids("CCO", "smiles").tolist() == [ord(letter) - 32 for letter in "CCO"]
@@ -723,8 +669,8 @@ def test_the_scaffold_split_by_hand():
 def test_the_real_cyp3a4_has_the_published_split(tmp_path):
     shutil.copy(SHARED / TABLE, tmp_path)
     splits = data.cyp3a4(tmp_path)
-    assert sizes(splits) == [8875, 987, 2466] and splits["train"][0].shape[1] == 401
-    assert sum(int(splits[split][2].sum()) for split in splits) == 5110
+    assert [len(y) for *_, y in splits.values()] == [8875, 987, 2466]
+    assert sum(y.sum() for *_, y in splits.values()) == 5110  # inhibitors
     table = [line.split("\t")[1] for line in (tmp_path / TABLE).read_text().splitlines()[1:]]
     row = {Chem.CanonSmiles(smiles.strip('"')): i for i, smiles in enumerate(table)}
     # The test rows that PyTDC 1.1.15's create_scaffold_split(df, 0, [0.8, 0.2, 0], "Drug") gives
@@ -737,10 +683,7 @@ def test_the_cache_of_speech_depends_on_the_clips_and_the_version(tmp_path, monk
     first = data.speech_commands(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(wave, "open", lambda *_: pytest.fail("decoded again"))
-        again = data.speech_commands(tmp_path)
-    assert_same(first, again)
-    again["test"][0][:] = 7  # copy on write: others see the file as it was
-    assert_same(first, data.speech_commands(tmp_path))
+        assert_same(first, data.speech_commands(tmp_path))
     name = next(name for name in clips() if "a/s5" in name)
     put(tmp_path, {name: wav(np.full(13500, 5))})  # another clip of the same size
     assert data.speech_commands(tmp_path)["test"][0][0, 0] == 5
@@ -751,39 +694,15 @@ def test_the_cache_of_speech_depends_on_the_clips_and_the_version(tmp_path, monk
         os.truncate(cache, 5000)
     refused("delete", data.speech_commands, tmp_path)
 
-def test_of_three_processes_one_decodes(tmp_path):
-    put(tmp_path, clips())
-    code = ("import time, data; read = data.wave.open\n"
-            "data.wave.open = lambda name: (print('decoded'), time.sleep(0.2), read(name))[2]\n"
-            f"print(data.speech_commands('{tmp_path}')['test'][0].sum().item())")
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True,
-                                  stdout=subprocess.PIPE) for _ in range(3)]
-    printed = [process.communicate(timeout=100)[0].splitlines() for process in processes]
-    assert sum(lines.count("decoded") for lines in printed) == 18  # files, each once
-    assert len({lines[-1] for lines in printed}) == 1
-
-RAMP = np.linspace(0, 255, 28 * 28).round().reshape(28, 28)
-
 @pytest.mark.parametrize("dtype, suffix, scale", [
     (np.uint8, "png", 1), (np.uint16, "png", 257), (np.int32, "tif", 257)])
-def test_an_image_of_any_depth_becomes_8_bits(dtype, suffix, scale, tmp_path):
-    Image.fromarray((RAMP * scale).astype(dtype)).save(path := tmp_path / f"ramp.{suffix}")
-    image = data.read_image(path, "L", 28, 0)
-    assert image.dtype == torch.uint8 and np.abs(image.numpy().astype(int) - RAMP).max() <= 1
-
-def test_an_image_is_upright_and_on_the_given_ground(tmp_path):
-    (exif := Image.Exif())[0x0112] = 3  # upside down
-    path = tmp_path / "image.png"
-    Image.fromarray(RAMP.astype(np.uint8)).save(path, exif=exif)
-    assert data.read_image(path, "L", 28, 0).tolist() == RAMP[::-1, ::-1].tolist()
-    clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
-    clear.putpixel((0, 0), (255, 255, 255, 255))
-    clear.save(path)
-    for ground in 0, 255:
-        image = data.read_image(path, "RGB", 8, ground)
-        assert image[0, 0].tolist() == [255] * 3 and image[4, 4].tolist() == [ground] * 3
-    os.truncate(path, 50)
-    refused("image.png", data.read_image, path, "RGB", 8, 0)
+def test_an_image_of_any_depth_is_read_upright_and_on_the_ground(dtype, suffix, scale, tmp_path):
+    ramp, exif, path = np.arange(256).reshape(16, 16), Image.Exif(), tmp_path / f"ramp.{suffix}"
+    exif[0x0112] = 3  # upside down
+    Image.fromarray((ramp * scale).astype(dtype)).save(path, exif=exif)
+    assert data.read_image(path, "L", 16, 0).tolist() == ramp[::-1, ::-1].tolist()
+    Image.new("RGBA", (8, 8)).save(path)  # transparent
+    assert data.read_image(path, "RGB", 8, 200).unique().tolist() == [200]
 
 @pytest.mark.parametrize("mode, paper, told", [("L", 250, True), ("L", 10, False), ("RGB", 250, 0)])
 def test_ink_on_paper_is_told(mode, paper, told, tmp_path, capsys):
@@ -799,7 +718,7 @@ def test_patches_are_squares_in_reading_order():
     tokens = train_cifar.to_tokens(torch.stack([rows, columns, rows], 2)[None], 8)
     mean, std = torch.tensor(train_cifar.MEAN), torch.tensor(train_cifar.STD)
     square = (tokens[0, 6].view(8, 8, 3) * std + mean) * 255  # second row of patches, third column
-    assert square[:, 0, 0].round().tolist() == list(range(8, 16)) and tokens.shape == (1, 16, 192)
+    assert square[:, 0, 0].round().tolist() == list(range(8, 16))
     assert square[0, :, 1].round().tolist() == list(range(16, 24))
 
 def test_augmentation_moves_a_little_and_invents_nothing():
@@ -812,19 +731,12 @@ def test_augmentation_moves_a_little_and_invents_nothing():
     clips = torch.arange(100.0).expand(50, 100)
     moved = train_speech.augment(clips)
     assert torch.equal(moved.sort(1).values, clips) and 40 <= moved[:, 50].min() < 45
-    digits = torch.zeros(300, 2, 28, 28)
-    digits[:, :, 13:15, 8:20] = 255  # a bar in the middle
-    moved = train_mnist_add.augment(digits).flatten(0, 1)
-    middle = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2)) - 13.5
-    assert moved.min() >= 0 and abs(moved.mean() / digits.mean() - 1) < 0.05
-    assert 0.5 < middle.std() and middle.abs().max() < 2.9
 
 def test_metrics_by_hand():
     def figures(score, targets):
         score = torch.tensor(score)
         metrics = train_cyp3a4.metrics(torch.stack([-score, score], 1), torch.tensor(targets))
-        return [metrics[name].item() for name in (
-            "accuracy", "majority_accuracy", "auroc", "auprc")]
+        return [value.item() for value in metrics.values()]  # accuracy, majority, AUROC, AUPRC
     assert figures([0.4, 0.3, 0.2, -0.1, -0.2], [1, 0, 1, 1, 0]) == pytest.approx(
         [3 / 5, 3 / 5, 4 / 6, (1 / 1 + 2 / 3 + 3 / 4) / 3])  # 4 of the 6 pairs are in order
     ties = figures([0.5, 0.5, 0.5, 0.1], [1, 0, 0, 1])
@@ -832,23 +744,19 @@ def test_metrics_by_hand():
 
 def test_sums_use_every_digit_equally_and_l1_is_the_absolute_error_of_the_sum(tmp_path):
     index = data.sum_indices(100, 5)
-    assert index.shape == (100, 5) and torch.equal(index, data.sum_indices(100, 5))
-    assert torch.equal(index.flatten().bincount(), torch.full((100,), 5))
+    assert index.shape == (100, 5) and (index.flatten().bincount() == 5).all()
     argv = f"--demo 1 --layers 0 --n 3 --steps 1 --loss l1 --out {tmp_path}".split()
     result = run_main("train_mnist_add", *argv)
     error = result["test_loss"] * 2.87 * 3 ** 0.5  # the reported one is of rounded sums
     assert error == pytest.approx(result["test_mae"], abs=0.26)
 
 def test_each_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(HERE), "WORLD_SIZE": "2"}  # as some clusters do
-    processes = {}
+    environment, processes = os.environ | {"WORLD_SIZE": "2"}, {}  # some clusters set that
     for script in SCRIPTS:
-        code = (f"import runpy, sys; runpy.run_path('{HERE}/{script}.py', run_name='__main__'); "
-                "print('imports', *sys.modules)")
         (tmp_path / script).mkdir()
         processes[script] = subprocess.Popen(
-            [sys.executable, "-c", code, "--demo", "1"], cwd=tmp_path / script, env=environment,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            [sys.executable, HERE / f"{script}.py", "--demo", "1"], cwd=tmp_path / script,
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for script, process in processes.items():
         printed, name = process.communicate(timeout=300)[0], script.removeprefix("train_")
         assert process.returncode == 0 and "DEMO" in printed, printed
@@ -856,8 +764,6 @@ def test_each_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(tmp_pa
         assert last["test_accuracy"] > last["test_majority_accuracy"] + 0.25
         assert last["pretrained"] == 0 and last["layers"] == 2 and last.get("test_mae", 0) < 1
         assert min(last.get("test_auroc", 1), last.get("test_auprc", 1)) > 0.7
-        own = {"speech": "torchaudio", "cyp3a4": "rdkit"}.get(name)
-        assert not {"torchaudio", "rdkit", "wandb"} - {own} & set(printed.splitlines()[-1].split())
 
 @pytest.mark.parametrize("script, argv, given, classes", [
     ("train_cifar", "--patch_size 16", "{0}/a.png", " ".join(train_cifar.CLASSES)),
@@ -872,7 +778,7 @@ def test_a_script_trains_evaluates_and_predicts(script, argv, given, classes, tm
         again = run_main(script, *model, "--eval", out / "best.pt")
         assert again.items() <= results[-1].items() and "test_loss" in again
     differ = {name for name in again if results[0][name] != results[1][name]}
-    assert "test_loss" in differ and not differ & {"trainable_parameters", "total_parameters"}
+    assert "test_loss" in differ and "trainable_parameters" not in differ
     Image.fromarray(np.arange(2700, dtype=np.uint8).reshape(30, 30, 3)).save(tmp_path / "a.png")
     put(tmp_path, {"a.wav": wav(np.arange(20000) % 500)})
     capsys.readouterr()
@@ -880,8 +786,7 @@ def test_a_script_trains_evaluates_and_predicts(script, argv, given, classes, tm
     run_main(script, *model, *argv, "--predict", given.format(tmp_path))
     shares, names = zip(*re.findall(r"^ *([\d.]+)%  (\w+)", capsys.readouterr().out, re.MULTILINE))
     assert set(names) <= set(classes.split()) and len(names) == min(10, len(classes.split()))
-    shares = list(map(float, shares))
-    assert shares == sorted(shares)[::-1] and sum(shares) <= 100.1
+    assert list(shares) == sorted(shares, key=float)[::-1] and sum(map(float, shares)) <= 100.1
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_examples_and_explains_every_flag(script, capsys):
@@ -898,27 +803,19 @@ def add(name, *shape):
 def spoil(state):
     next(iter(state.values())).view(-1)[0] = math.nan
 
-BNB = {"load_in_8bit": True, "quant_method": "bitsandbytes"}
 CODE = dict(auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"},
             files={"code.py": b"open('was-run', 'w')"})
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105\n"
 MODELS = [  # what the line says (None: it is accepted), model type, what is changed
     ("attention", "gpt2", dict(is_causal=False)),
-    ("attention", "gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
     ("transformers", "llama", dict(transformers_version="99.0.0")),
     ("q_proj.bias", "llama", dict(weights=add("layers.0.self_attn.q_proj.bias", 32))),
     ("scale_inv", "llama", dict(weights=add("layers.0.mlp.up_proj.weight_scale_inv", 1, 1))),
     (r"h\.1", "gpt2", dict(n_layer=1)), (r"h\.[23]", "gpt2", dict(n_layer=4)),
-    ("finite", "gpt2", dict(weights=spoil)), ("bitsa", "gpt2", dict(quantization_config=BNB)),
-    ("it is t5", "gpt2", dict(model_type="t5")), ("abacus", "gpt2", dict(model_type="abacus")),
+    ("finite", "gpt2", dict(weights=spoil)), ("it is t5", "gpt2", dict(model_type="t5")),
     ("surprise|code", "gpt2", dict(model_type="surprise", **CODE)), (None, "bert", CODE),
     ("merge", "gpt2", dict(files={"adapter_config.json": b"{}"})),
-    ("JSON", "gpt2", dict(files={"config.json": b'{"model_type": '})),
-    ("", "gpt2", dict(files={"model.safetensors": POINTER})),
     ("file", "gpt2", dict(files={"model.safetensors": None})),
     (None, "gpt2", dict(weights=add("h.0.attn.bias", 1, 1, 512, 512))),  # buffers of old files
-    (None, "gpt2", dict(weights=add("h.0.attn.masked_bias"))),
-    (None, "llama", dict(weights=add("layers.0.self_attn.rotary_emb.inv_freq", 8))),
     (None, "gpt2", dict(weights=add("score.weight", 2, 32)))]  # a head
 
 @pytest.mark.parametrize("says, kind, change", MODELS, ids=str)
@@ -937,36 +834,29 @@ def test_the_encoder_of_a_whisper_for_classification_is_whole(tmp_path):
     weight = save(WhisperForAudioClassification(config), tmp_path).encoder.layers[1].fc1.weight
     assert torch.equal(core(tmp_path).core.blocks[1].fc1.weight, weight)
 
-class Trap:
+class Trap:  # a checkpoint that would run code
     def __reduce__(self):
         return os.system, ("touch was-run",)
 
 FAKE = {"trained": {}, "fingerprint": [0.0], "splits": {}, "flags": {"task": "cyp3a4", "layers": 0}}
-WORDS = {"task": "speech", "layers": 0, "words": ["no", "yes"], "demo": 1}
 MADE = {  # what a case names in braces
-    "file": lambda path: path.write_bytes(os.urandom(1000)),
     "trap": lambda path: torch.save(FAKE | {"trained": Trap()}, path),
     "molecules": lambda path: torch.save(FAKE, path),
-    "words": lambda path: torch.save(FAKE | {"flags": WORDS}, path),
     "run": lambda path: toy("--out", path, "--steps", 1)}
 BAD_INPUT = [  # script, flags, exit code, what the line says, whether a GPU would do
     *[("cifar", flag, 2, re.split("[ =]", flag)[0]) for flag in (
-        "--layers -1", "--init_std -1", "--steps 0", "--batch_size -4", "--accumulate 0", "--lr nan",
-        "--eval_every 0", "--seed -1", "--steps many", "--train in,nose", "--pool first",
-        "--layers 0 --train in,attn", "--init_std 0.1", "--predict cat.png", "--predict=",
-        "--nonsense", "--device abacus", "--resume 1")],
+        "--layers -1", "--init_std -1", "--steps 0", "--batch_size -4", "--accumulate 0",
+        "--lr nan", "--eval_every 0", "--seed -1", "--steps many", "--train in,nose",
+        "--pool first", "--layers 0 --train in,attn", "--init_std 0.1", "--predict cat.png",
+        "--predict=", "--nonsense", "--device abacus", "--resume 1")],
     ("cifar", "--device cuda", 2, "--device", "no GPU"), ("mnist_add", "--n 0", 2, "--n"),
-    ("cifar", "--resume 1 --out typo", 1, "typo/last.pt"), ("cifar", "--layers 3", 1, "2 blocks"),
+    ("cifar", "--resume 1 --out typo", 1, "typo/last.pt"),
     ("cifar", "--pretrained 0 --model gpt2 --layers 13", 1, "12 blocks"),
-    ("cifar", "--model nobody/no-model", 1, "Cannot load --model"),
-    ("cifar", "--model {file}", 1, "Cannot load --model"),
     ("toy", "--model LLAMA --train pos", 1, "--train pos"), ("mnist_add", "--n 513", 1, "512 pos"),
     ("cyp3a4", "--eval {molecules} --predict C1CC", 1, "C1CC"),
-    ("speech", "--eval {words} --predict {file}", 1, "file"),
-    ("speech", "--eval {words}", 1, "words"), ("cifar", "--eval no.pt", 1, "no.pt"),
-    ("cifar", "--eval=", 1, "missing or not a checkpoint"),
-    ("cifar", "--eval {file}", 1, "file"), ("cifar", "--eval {trap}", 1, "UnpicklingError"),
-    ("cifar", "--eval {run}", 1, "run"), ("cifar", "--eval {run}/best.pt", 2, "task toy"),
+    ("cifar", "--model nobody/no-model", 1, "Cannot load"), ("cifar", "--eval no.pt", 1, "no.pt"),
+    ("cifar", "--eval=", 1, "not a checkpoint"), ("cifar", "--eval {trap}", 1, "Unpickling"),
+    ("cifar", "--eval {run}/best.pt", 2, "task toy"),
     ("cifar", "--resume 1 --out {run}", 2, "task toy"),
     ("toy", "--resume 1 --out {run} --eval {run}/best.pt", 2, "--resume"),
     ("toy", "--eval {run}/best.pt --pool last", 2, "pool"),
@@ -989,28 +879,19 @@ BAD_FILES = [  # function of data.py, files, what the line says
     ("cifar10", {}, "cifar-10-python.tar.gz.*refused.*--demo 1"),
     ("cifar10", {"cifar10.npz": b"text"}, "cifar10.npz.*delete"),
     ("cifar10", npz(train_x=PIXELS / 255), "cifar10.npz.*float64"),
-    ("cifar10", npz(train_x=PIXELS[:9], train_y=LABELS[:9]), "10 or more"),
-    ("cifar10", npz(train_x=PIXELS[0, 0, 0, 0]), r"uint8 \(\)"),
-    ("cifar10", npz(test_y=np.array(["cat"] * 20)), "labels <U3"),
-    ("mnist", {}, r"raw.*refused.*{train,t10k}-{images-idx3,labels-idx1}-ubyte.*--demo 1"),
-    ("mnist", {"MNIST/raw/train-images.idx3-ubyte": b""}, "the four files .*-ubyte"),
+    ("cifar10", npz(train_x=PIXELS[:9], train_y=LABELS[:9]), r"\(9,\).* 10"),
+    ("mnist", {"MNIST/raw/train-images.idx3-ubyte": b""}, "refused.*images-idx3.*--demo"),
     ("mnist", idx(images=DIGITS[:12]), r"raw.*\(12, 28, 28\).*\(24,\)"),
     ("mnist", idx(test_labels=LABELS[:10]), r"\(10,\)"),
     ("mnist", idx(labels=np.arange(24)), "0 to 9"),
     ("mnist", idx(images=np.zeros((24, 32, 32))), "24, 32, 32"),
-    ("speech_commands", {}, f"put {ARCHIVE}.*--demo 1"),
-    ("speech_commands", {ARCHIVE: tar({"a/a.wav": os.urandom(50000)})[:20000]}, "EOFError"),
-    ("speech_commands", clips(**{"a/s0_nohash_0.wav": b"text" * 9}), "a/s0_nohash_0.wav.*RIFF"),
+    ("speech_commands", {}, f"refused.*put {ARCHIVE}.tar.gz.*--demo 1"),
     ("speech_commands", clips(**{"a/9.wav": wav(range(8))[:-4]}), "a/9.wav.* 8 samples"),
-    ("speech_commands", clips(**{"a/9.wav": wav([])}), " 0 samples"),
-    ("speech_commands", clips(**{"a/9.wav": wav([1, 2], channels=2)}), "2 channels"),
     ("speech_commands", clips(**{"a/9.wav": wav([1, 2], rate=8000)}), "8000 Hz"),
     ("speech_commands", clips(**{"b/s5_nohash_0.wav": None}), "lacks 1"),
-    ("speech_commands", clips(**{"testing_list.txt": None}), "testing_list.txt"),
     ("speech_commands", clips(**{"testing_list.txt": b""}), r"\[15, 3, 0\]"),
-    ("speech_commands", clips([f"w{i}" for i in range(35)]), r"\[140, 35, 35\].*\[84843, 9981, 11"),
+    ("speech_commands", clips([f"w{i}" for i in range(35)]), r"\[140, 35, 35\].*\[84843"),
     ("cyp3a4", {}, f"{TABLE}.*refused.*--demo 1"),
-    ("cyp3a4", {TABLE: b"Drug_ID\tSmiles\tY\n1\tCCO\t0\n"}, f"{TABLE}.*KeyError.*'Drug'"),
     ("cyp3a4", {TABLE: b"Drug_ID\tDrug\tY\n1\tCCO\t1\n"}, "1 molecules.*12,328")]
 
 @pytest.mark.parametrize("load, files, says", BAD_FILES, ids=[f"{a} {c}" for a, _, c in BAD_FILES])
