@@ -137,6 +137,33 @@ def normal(shape, std, seed, stream):
     numbers = np.random.default_rng([seed, stream]).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(numbers * np.float32(std))
 
+@torch.no_grad()
+def load_core(args):
+    """The transformer that --model, --pretrained and --layers name, float32, on the CPU. If random,
+    its matrices are normal with standard deviation --init_std, and its biases 0."""
+    try:
+        config, model = load_model(args)
+        kind, blocks = config.model_type, config.num_hidden_layers
+        layers = blocks if args.layers is None else args.layers
+        assert layers <= blocks, f"it has {blocks} blocks, not {layers}"
+    except Exception as error:  # offline, a broken file, a quantised model: errors of any type
+        sys.exit(f"Cannot load --model {args.model}: {' '.join(str(error).split())}")
+    core = GPT2(config, layers) if kind == "gpt2" else Adapter(model, layers)
+    if args.pretrained and kind == "gpt2":
+        weights = model.state_dict()
+        for name, p in core.named_parameters():  # GPT-2 keeps its blocks' matrices transposed
+            p.copy_(weights[name].T if ".c_" in name and p.ndim == 2 else weights[name])
+    if not args.pretrained:
+        std = core.width ** -0.5 if args.init_std is None else args.init_std
+        for i, matrix in enumerate(p for p in core.parameters() if p.ndim >= 2):
+            matrix.copy_(normal(matrix.shape, std, args.seed, i))
+        for name, p in core.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+    if kind in STACKS and kind != "whisper":
+        core.wpe.weight.zero_()  # the new positions
+    return core.eval()
+
 def load_model(args):
     """--model's config and, if that is not enough, the model. AssertionError: unusable."""
     name, options = args.model.removeprefix("openai-community/"), dict(trust_remote_code=False)
@@ -164,33 +191,6 @@ def load_model(args):
     assert not unused, f"{len(unused)} of its weights have no use here, such as {unused[:1]}"
     assert all(p.isfinite().all() for p in model.parameters()), "not all its weights are finite"
     return config, model
-
-@torch.no_grad()
-def load_core(args):
-    """The transformer that --model, --pretrained and --layers name, float32, on the CPU. If random,
-    its matrices are normal with standard deviation --init_std, and its biases 0."""
-    try:
-        config, model = load_model(args)
-        kind, blocks = config.model_type, config.num_hidden_layers
-        layers = blocks if args.layers is None else args.layers
-        assert layers <= blocks, f"it has {blocks} blocks, not {layers}"
-    except Exception as error:  # offline, a broken file, a quantised model: errors of any type
-        sys.exit(f"Cannot load --model {args.model}: {' '.join(str(error).split())}")
-    core = GPT2(config, layers) if kind == "gpt2" else Adapter(model, layers)
-    if args.pretrained and kind == "gpt2":
-        weights = model.state_dict()
-        for name, p in core.named_parameters():  # GPT-2 keeps its blocks' matrices transposed
-            p.copy_(weights[name].T if ".c_" in name and p.ndim == 2 else weights[name])
-    if not args.pretrained:
-        std = core.width ** -0.5 if args.init_std is None else args.init_std
-        for i, matrix in enumerate(p for p in core.parameters() if p.ndim >= 2):
-            matrix.copy_(normal(matrix.shape, std, args.seed, i))
-        for name, p in core.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-    if kind in STACKS and kind != "whisper":
-        core.wpe.weight.zero_()  # the new positions
-    return core.eval()
 
 # ---- FPT -----------------------------------------------------------------------------------------
 PARTS = ("in", "out", "ln", "pos", "attn", "ff")

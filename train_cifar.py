@@ -19,28 +19,6 @@ parser = fpt.flags("cifar", __doc__, steps=2500, eval_every=625)
 parser.add_argument("--patch_size", type=int, choices=[1, 2, 4, 8, 16, 32], default=4, help="side")
 parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift and mirror")
 
-def to_tokens(images, patch_size):
-    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches, numbers], the patches row by row."""
-    # non_blocking, so that the CPU does not wait for the GPU in every step.
-    mean = torch.tensor(MEAN).to(images.device, non_blocking=True)
-    std = torch.tensor(STD).to(images.device, non_blocking=True)
-    pixels = (images / 255 - mean) / std
-    count, side = len(pixels), 32 // patch_size
-    # [image, row, y, column, x, colour] -> [image, row, column, y, x, colour]
-    grid = pixels.view(count, side, patch_size, side, patch_size, 3).transpose(2, 3)
-    return grid.reshape(count, side * side, patch_size * patch_size * 3)
-
-def augment(images):
-    """Shift each image [batch, 32, 32, 3] by up to 4 pixels, repeating its border; mirror half."""
-    count, side = images.shape[:2]
-    pixel = torch.arange(side, device=images.device)
-    rows = (pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1)
-    columns = (pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1)
-    mirrored = torch.rand(count, 1, device=images.device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    example = torch.arange(count, device=images.device)
-    return images[example[:, None, None], rows[:, :, None], columns[:, None, :]]
-
 def load(args):
     """The data for fpt.fit(): batch(split, index), and the labels of each split."""
     splits = data.cifar10(args.data, args.demo)
@@ -56,6 +34,28 @@ def load(args):
         return to_tokens(images, args.patch_size), None, y[index]
 
     return batch, labels
+
+def augment(images):
+    """Shift each image [batch, 32, 32, 3] by up to 4 pixels, repeating its border; mirror half."""
+    count, side = images.shape[:2]
+    pixel = torch.arange(side, device=images.device)
+    rows = (pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1)
+    columns = (pixel + torch.randint(-4, 5, (count, 1), device=images.device)).clamp(0, side - 1)
+    mirrored = torch.rand(count, 1, device=images.device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    example = torch.arange(count, device=images.device)
+    return images[example[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+def to_tokens(images, patch_size):
+    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches, numbers], the patches row by row."""
+    # non_blocking, so that the CPU does not wait for the GPU in every step.
+    mean = torch.tensor(MEAN).to(images.device, non_blocking=True)
+    std = torch.tensor(STD).to(images.device, non_blocking=True)
+    pixels = (images / 255 - mean) / std
+    count, side = len(pixels), 32 // patch_size
+    # [image, row, y, column, x, colour] -> [image, row, column, y, x, colour]
+    grid = pixels.view(count, side, patch_size, side, patch_size, 3).transpose(2, 3)
+    return grid.reshape(count, side * side, patch_size * patch_size * 3)
 
 def main(args):
     side = args.patch_size

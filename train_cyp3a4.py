@@ -21,20 +21,6 @@ LONGEST = {"smiles": 401, "atoms": 123}  # tokens in the longest molecule of the
 parser = fpt.flags("cyp3a4", __doc__, steps=600, eval_every=150)
 parser.add_argument("--tokens", choices=IDS, default="smiles", help="characters, or atoms")
 
-def metrics(outputs, targets):
-    """Logits [n, 2] and targets [n] -> also the areas under the ROC and the precision-recall curve,
-    the latter as scikit-learn's average precision."""
-    score, order = (outputs[:, 1] - outputs[:, 0]).double().sort(descending=True)
-    positive = targets[order].double()
-    last = torch.searchsorted(-score, -score, right=True) - 1  # equal scores share a threshold
-    hits, count = positive.cumsum(0)[last], last + 1  # at the threshold of each molecule
-    precision = hits / count
-    recall = F.pad(hits / positive.sum(), (1, 0))  # the curve starts at 0
-    false_positives = F.pad((count - hits) / (1 - positive).sum(), (1, 0))
-    return fpt.accuracy(outputs, targets) | {
-        "auroc": torch.trapezoid(recall, false_positives),
-        "auprc": (precision * positive).sum() / positive.sum()}
-
 def load(args):
     """The data for fpt.fit(): batch(split, index), labels, lengths of the training molecules."""
     splits = data.cyp3a4(args.data, args.demo, args.tokens)
@@ -52,6 +38,20 @@ def load(args):
         return ids[index, :time], lengths[index], y[index]
 
     return batch, labels, all_lengths["train"]
+
+def metrics(outputs, targets):
+    """Logits [n, 2] and targets [n] -> also the areas under the ROC and the precision-recall curve,
+    the latter as scikit-learn's average precision."""
+    score, order = (outputs[:, 1] - outputs[:, 0]).double().sort(descending=True)
+    positive = targets[order].double()
+    last = torch.searchsorted(-score, -score, right=True) - 1  # equal scores share a threshold
+    hits, count = positive.cumsum(0)[last], last + 1  # at the threshold of each molecule
+    precision = hits / count
+    recall = F.pad(hits / positive.sum(), (1, 0))  # the curve starts at 0
+    false_positives = F.pad((count - hits) / (1 - positive).sum(), (1, 0))
+    return fpt.accuracy(outputs, targets) | {
+        "auroc": torch.trapezoid(recall, false_positives),
+        "auprc": (precision * positive).sum() / positive.sum()}
 
 def main(args):
     model = fpt.FPT(args, IDS[args.tokens], outputs=2, time=LONGEST[args.tokens], discrete=True)

@@ -17,21 +17,6 @@ parser.add_argument("--n", type=fpt.at_least(1), default=2, help="digits to add"
 parser.add_argument("--loss", choices=["ce", "l1"], default="ce", help="classes, regression")
 parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale, shift")
 
-def to_tokens(images):
-    """Pixels 0..255 [batch, n, 28, 28] -> float32 [batch, n, 784], mean 0, standard deviation 1."""
-    return (images.flatten(2) / 255 - 0.1307) / 0.3081
-
-def augment(images):
-    """Turn each digit [batch, n, 28, 28] by up to 12 degrees, scale it by 15 %, shift 2 pixels."""
-    batch, n, side, _ = images.shape
-    random = torch.rand(4, batch * n, device=images.device) * 2 - 1
-    turn, scale, (x, y) = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
-    cosine, sine = turn.cos() * scale, turn.sin() * scale
-    matrices = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices, (batch * n, 1, side, side), align_corners=False)
-    images = images.view(-1, 1, side, side)
-    return F.grid_sample(images, grid, align_corners=False).view(batch, n, side, side)
-
 def load(args):
     """The data for fpt.fit(): batch(split, index), and the labels of each split, single digits."""
     splits = data.mnist(args.data, args.demo)
@@ -49,6 +34,21 @@ def load(args):
             images = augment(images)
         return to_tokens(images), None, y[digits].sum(1)
     return batch, labels
+
+def augment(images):
+    """Turn each digit [batch, n, 28, 28] by up to 12 degrees, scale it by 15 %, shift 2 pixels."""
+    batch, n, side, _ = images.shape
+    random = torch.rand(4, batch * n, device=images.device) * 2 - 1
+    turn, scale, (x, y) = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
+    cosine, sine = turn.cos() * scale, turn.sin() * scale
+    matrices = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, (batch * n, 1, side, side), align_corners=False)
+    images = images.view(-1, 1, side, side)
+    return F.grid_sample(images, grid, align_corners=False).view(batch, n, side, side)
+
+def to_tokens(images):
+    """Pixels 0..255 [batch, n, 28, 28] -> float32 [batch, n, 784], mean 0, standard deviation 1."""
+    return (images.flatten(2) / 255 - 0.1307) / 0.3081
 
 def main(args):
     outputs = 9 * args.n + 1 if args.loss == "ce" else 1

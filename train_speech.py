@@ -25,23 +25,6 @@ parser = fpt.flags("speech", __doc__, steps=2000, eval_every=1000)
 parser.add_argument("--tokens", choices=TIMES, default="mel", help="log-mel frames or raw samples")
 parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift in time")
 
-def to_tokens(waves, tokens):
-    """int16 [batch, 16000] -> float32 [batch, time, 80]. mel: 80 log-mel energies every 20 ms.
-    wave: 80 samples at 8 kHz. Each clip is standardised: loudness does not reveal the word."""
-    waves = waves / 32768
-    if tokens == "mel":
-        features = (MEL.to(waves.device)(waves) + 1e-6).log().transpose(1, 2)
-    else:
-        features = RESAMPLE.to(waves.device)(waves).unflatten(1, (100, 80))
-    return F.layer_norm(features, features.shape[1:], eps=1e-10)  # below a quiet clip's variance
-
-def augment(waves):
-    """Shift each clip [batch, samples] by up to 0.1 s, around the end, because silence there would
-    mark the training clips."""
-    count, samples = waves.shape
-    shift = torch.randint(-samples // 10, samples // 10 + 1, (count, 1), device=waves.device)
-    return waves.gather(1, (shift + torch.arange(samples, device=waves.device)) % samples)
-
 def load(args):
     """The data for fpt.fit(): batch(split, index), the labels of each split. Sets args.words."""
     splits = data.speech_commands(args.data, args.demo)
@@ -61,6 +44,23 @@ def load(args):
         return to_tokens(waves, args.tokens), None, y[index]
 
     return batch, labels
+
+def augment(waves):
+    """Shift each clip [batch, samples] by up to 0.1 s, around the end, because silence there would
+    mark the training clips."""
+    count, samples = waves.shape
+    shift = torch.randint(-samples // 10, samples // 10 + 1, (count, 1), device=waves.device)
+    return waves.gather(1, (shift + torch.arange(samples, device=waves.device)) % samples)
+
+def to_tokens(waves, tokens):
+    """int16 [batch, 16000] -> float32 [batch, time, 80]. mel: 80 log-mel energies every 20 ms.
+    wave: 80 samples at 8 kHz. Each clip is standardised: loudness does not reveal the word."""
+    waves = waves / 32768
+    if tokens == "mel":
+        features = (MEL.to(waves.device)(waves) + 1e-6).log().transpose(1, 2)
+    else:
+        features = RESAMPLE.to(waves.device)(waves).unflatten(1, (100, 80))
+    return F.layer_norm(features, features.shape[1:], eps=1e-10)  # below a quiet clip's variance
 
 def main(args):
     batch_and_labels = None if args.predict else load(args)  # first, as it sets args.words
