@@ -129,10 +129,10 @@ def speech_commands(folder, demo=False):
     listed = {clip for clip in validation | test if clip.split("/")[0] in words}
     parts = [clips - listed, clips & validation, clips & test]
     sizes = [len(part) for part in parts]
-    if listed - clips or 0 in sizes or (len(words) == 35 and sizes != SPEECH_SIZES):
-        raise SystemExit(f"{root} has {sizes} clips of {len(words)} words, and lacks "
-                         f"{len(listed - clips)} of its lists; 35 words have {SPEECH_SIZES}. "
-                         "If the archive was not unpacked to the end, delete the folder")
+    is_cut = len(words) == 35 and sizes != SPEECH_SIZES
+    if listed - clips or validation & test or 0 in sizes or is_cut:
+        raise SystemExit(f"Delete {root}: it has {sizes} clips of {len(words)} words, and lacks "
+                         f"{len(listed - clips)} of its lists; 35 words have {SPEECH_SIZES}")
     if len(words) < 35:
         print(f"{root} has {len(words)} of 35 words: compare results only with others on these")
     names = [name for part in parts for name in sorted(part)]
@@ -241,7 +241,7 @@ def read_image(path, mode, side, ground):
     resized. Where it is transparent, the grey `ground` shows, 0 (black) to 255 (white)."""
     from PIL import Image, ImageOps
     with exit_if_unreadable(path, "expected an image, such as a PNG or JPEG file"):
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = ImageOps.exif_transpose(Image.open(os.path.expanduser(path)))
         if image.mode[0] == "I":  # grey in 16 bits, which convert() would clip at 255
             image = Image.fromarray(np.uint8(np.asarray(image, float).clip(0, 65535) / 257))
         image = image.convert("RGBA")

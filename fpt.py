@@ -439,9 +439,9 @@ def open_log(args, size):
             is_free = not isinstance(error, BlockingIOError)
         if is_free and (args.resume or not os.path.exists(f"{out}/last.pt")):
             args.out = out
-            log.truncate(size)
+            log.truncate(min(size, log.tell()))
             print("DEMO: the data is generated. " * args.demo + f"Results go to {out}/. "
-                  f"To resume after a stop: python train_{args.task}.py --resume 1 --out {out}")
+                  f"To resume a stopped run: python train_{args.task}.py --resume 1 --out {out}")
             return log
         if args.out:
             sys.exit(f"--out {out} holds a run. --resume 1 resumes it, unless it is still running")
@@ -455,16 +455,17 @@ def load_checkpoint(path, model=None, splits=None):
     """Returns a checkpoint. Puts its weights into the model, if core and data are the same."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        checkpoint["trained"], checkpoint["flags"]["task"], checkpoint["fingerprint"]
+        checkpoint["flags"]["task"], [checkpoint[key] for key in ("trained", "splits", "step")]
     except Exception as error:  # no file, a broken one, another kind of file
         sys.exit(f"{path} is missing or not a checkpoint of fpt.py ({type(error).__name__})")
     if splits and splits != checkpoint["splits"]:
-        sys.exit(f"{path} belongs to other data, with other sizes or labels: "
-                 f"{checkpoint['splits']}, not {splits}")
+        sys.exit(f"{path} has other data, in size or labels: {checkpoint['splits']}, not {splits}")
     if model:
         # Relative differences: 1e-5 between processors or versions, over 1e-3 between cores.
-        ours, theirs = torch.tensor(model.fingerprint), torch.tensor(checkpoint["fingerprint"])
-        if not (ours - theirs).abs().max() < 1e-3 * theirs.abs().mean():
+        ours, theirs = np.array(model.fingerprint), np.array(checkpoint["fingerprint"])
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        if (names ^ set(checkpoint["trained"]) or ours.shape != theirs.shape
+                or not abs(ours - theirs).max() < 1e-3 * abs(theirs).mean()):
             sys.exit(f"{path} belongs to another core, with other weights or another config")
         model.load_state_dict(checkpoint["trained"], strict=False)
     return checkpoint

@@ -613,7 +613,7 @@ def test_mnist_from_its_files(tmp_path, monkeypatch, capsys):
     data.mnist(tmp_path)
     assert not capsys.readouterr().out
 
-def test_speech_commands_from_its_archive(tmp_path, capsys):
+def test_speech_commands_from_its_archive(tmp_path):
     hidden = "_background_noise_/hum.wav", ".git/hum.wav", "no/._s0_nohash_0.wav", "empty/a.txt"
     files = clips(["yes", "no"], root="", **dict.fromkeys(hidden, b"no sound"))
     put(tmp_path / "to", files)
@@ -625,7 +625,6 @@ def test_speech_commands_from_its_archive(tmp_path, capsys):
         for name, samples, label in zip(names, *splits[split], strict=True):
             assert samples.numpy().tobytes() == files[name][44:].ljust(32000, b"\0")
             assert splits["words"][label] == name.split("/")[0]
-    assert "2 of 35 words" in capsys.readouterr().out
 
 def test_cyp3a4_from_its_table(tmp_path, monkeypatch):
     molecules = {"Cc1ccccc1": 1, "CCc1ccccc1": 0, "NC1CCCCC1": 1, "CCO": 0, "C[C@H](N)C(=O)O": 0}
@@ -657,7 +656,6 @@ def test_molecules_as_tokens():
     assert toluene.shape == (7, 4) and 0 < toluene[:, :3].min() < ethyl.max() <= data.BUCKETS
     assert toluene[0, 0] == ethyl[0, 0] and toluene[0, 1] != ethyl[0, 1]  # two methyl carbons
     assert data.molecule_ids("C.CO", "atoms")[:, 1].gt(0).tolist() == [False, True, True]
-    assert data.molecule_ids("CCO", "smiles").tolist() == [ord(letter) - 32 for letter in "CCO"]
 
 def test_the_scaffold_split_by_hand():
     # random.Random(0).shuffle turns the groups a b c d into c a b d.
@@ -838,10 +836,12 @@ class Trap:  # a checkpoint that would run code
     def __reduce__(self):
         return os.system, ("touch was-run",)
 
-FAKE = {"trained": {}, "fingerprint": [0.0], "splits": {}, "flags": {"task": "cyp3a4", "layers": 0}}
+FAKE = dict(trained={}, fingerprint=[0], splits={}, step=0, flags={"task": "cyp3a4", "layers": 0})
 MADE = {  # what a case names in braces
     "trap": lambda path: torch.save(FAKE | {"trained": Trap()}, path),
-    "molecules": lambda path: torch.save(FAKE, path),
+    "molecules": lambda path: torch.save(FAKE, path), "old": lambda path: torch.save({}, path),
+    "empty": lambda path: [toy("--out", path, "--steps", 1), torch.save(
+        checkpoint(path) | {"trained": {}}, path / "best.pt")],
     "run": lambda path: toy("--out", path, "--steps", 1)}
 BAD_INPUT = [  # script, flags, exit code, what the line says, whether a GPU would do
     *[("cifar", flag, 2, re.split("[ =]", flag)[0]) for flag in (
@@ -856,9 +856,9 @@ BAD_INPUT = [  # script, flags, exit code, what the line says, whether a GPU wou
     ("cyp3a4", "--eval {molecules} --predict C1CC", 1, "C1CC"),
     ("cifar", "--model nobody/no-model", 1, "Cannot load"), ("cifar", "--eval no.pt", 1, "no.pt"),
     ("cifar", "--eval=", 1, "not a checkpoint"), ("cifar", "--eval {trap}", 1, "Unpickling"),
-    ("cifar", "--eval {run}/best.pt", 2, "task toy"),
-    ("cifar", "--resume 1 --out {run}", 2, "task toy"),
+    ("cifar", "--eval {run}/best.pt", 2, "toy"), ("cifar", "--resume 1 --out {run}", 2, "toy"),
     ("toy", "--resume 1 --out {run} --eval {run}/best.pt", 2, "--resume"),
+    ("toy", "--eval {empty}/best.pt", 1, "core"), ("toy", "--eval {old}", 1, "not a checkpoint"),
     ("toy", "--eval {run}/best.pt --pool last", 2, "pool"),
     ("toy", "--resume 1 --out {run} --lr 1", 2, "lr")]
 

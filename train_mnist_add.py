@@ -60,7 +60,7 @@ def main(args):
         return F.l1_loss(outputs[:, 0], (targets - mean) / std)
     def metrics(outputs, targets):
         if args.loss == "l1":  # round to a sum, as a classifier would
-            sums = (outputs[:, 0] * std + mean).round().clamp(0, 9 * args.n)
+            sums = (outputs[:, 0] * std + mean).nan_to_num().round().clamp(0, 9 * args.n)
             outputs = F.one_hot(sums.long(), 9 * args.n + 1)
         error = (outputs.argmax(1) - targets).abs().float()
         return fpt.accuracy(outputs, targets) | {"mae": error.mean()}
