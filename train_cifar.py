@@ -15,7 +15,7 @@ import fpt
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of the training pixels, RGB
 
-parser = fpt.flags("cifar", __doc__, steps=2500, eval_every=625)
+parser = fpt.flags("cifar", __doc__, steps=2500, eval_every=850)
 parser.add_argument("--patch_size", type=int, choices=[1, 2, 4, 8, 16, 32], default=4, help="side")
 parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift and mirror")
 

@@ -18,7 +18,7 @@ import fpt
 IDS = {"smiles": data.SMILES_IDS, "atoms": data.BUCKETS + 1}  # how many token ids there are
 LONGEST = {"smiles": 401, "atoms": 123}  # tokens in the longest molecule of the data
 
-parser = fpt.flags("cyp3a4", __doc__, steps=600, eval_every=150)
+parser = fpt.flags("cyp3a4", __doc__, steps=600, eval_every=300)
 parser.add_argument("--tokens", choices=IDS, default="smiles", help="characters, or atoms")
 
 def load(args):
