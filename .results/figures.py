@@ -2,7 +2,8 @@
 
     python .results/figures.py          # prints markdown, writes .results/transfer.svg
 
-What is still missing is left out; before the test sets are read, only validation is shown."""
+What is still missing is left out. Until the test sets of all panels are read, only validation is
+shown, so that no test result can change what is still to be run."""
 import json
 import math
 
@@ -242,6 +243,9 @@ def load_arrays():
 if __name__ == "__main__":
     if ARRAYS.exists():
         load_arrays()
+    if len(read_panels()) < len(PANELS):
+        print(f"The test sets of {len(read_panels())} of {len(PANELS)} panels are read.\n")
+        VALUES.clear()
     main_table(finished())
     print()
     if VALUES:

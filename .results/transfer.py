@@ -4,7 +4,7 @@
     python .results/transfer.py --panels smollm2-sums       # of this panel only
     python .results/transfer.py --equal_time                # also: no blocks, as long as pretrained
     python .results/transfer.py --probe                     # what the blocks do, before and after
-    python .results/transfer.py --test                      # once, at the end: read the test sets
+    python .results/transfer.py --test --panels ...         # once, when trained: read its test set
 
 Run it from the top folder; figures.py makes tables and figure of what it writes. A finished run is
 a line of .results/transfer.jsonl and is not repeated; several processes share the runs among them
