@@ -88,12 +88,12 @@ class Adapter(nn.Module):
     """A model of the transformers library, called as GPT2 is.
 
     A text model takes our vectors as inputs_embeds. From others we take blocks and final norm.
-    Whisper's encoder keeps its positions; those of image patches are replaced by 1,024 zeros."""
+    Positions of image patches, and rotary ones if no block is left to hold them, become zeros."""
     def __init__(self, model, layers):
         super().__init__()
         config, whisper = model.config, model.config.model_type == "whisper"
         self.width, self.causal = config.hidden_size, config.model_type in CAUSAL
-        self.is_text = config.model_type in TEXT
+        self.is_text = config.model_type in TEXT and (layers > 0 or not self.causal)
         model = model.encoder if whisper else model
         blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
         # Whisper's blocks require masks, one or two depending on transformers' version.
@@ -108,7 +108,7 @@ class Adapter(nn.Module):
         else:
             self.wpe = model.embed_positions if whisper else nn.Embedding(1024, self.width)
             self.positions, self.blocks = self.wpe.num_embeddings, blocks
-            self.norm = model.layer_norm if whisper else model.layernorm
+            self.norm = next(m for m in model.children() if type(m).__name__.endswith("Norm"))
 
     def forward(self, x, lengths=None):
         if lengths is not None and not self.causal:
@@ -160,7 +160,7 @@ def load_core(args):
         for name, p in core.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
-    if kind in STACKS and kind != "whisper":
+    if hasattr(core, "wpe") and kind not in ("gpt2", "whisper"):
         core.wpe.weight.zero_()  # the new positions
     return core.eval()
 
