@@ -156,7 +156,8 @@ def load_core(args):
     if not args.pretrained:
         std = core.width ** -0.5 if args.init_std is None else args.init_std
         for i, matrix in enumerate(p for p in core.parameters() if p.ndim >= 2):
-            matrix.copy_(normal(matrix.shape, std, args.seed, i))
+            if kind != "whisper" or matrix is not core.wpe.weight:  # sines, which are not learned
+                matrix.copy_(normal(matrix.shape, std, args.seed, i))
         for name, p in core.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -208,8 +209,7 @@ class FPT(nn.Module):
         width, positions = self.core.width, self.core.positions
         if time > positions:
             sys.exit(f"{time} tokens, but --model {args.model} has only {positions} positions")
-        # What the core makes of fixed tokens shows whether a checkpoint, which leaves the frozen
-        # weights out, belongs to it.
+        # A checkpoint leaves the frozen weights out. This shows whether it belongs to the core.
         with torch.no_grad():
             y = self.core(normal((1, min(60, positions), width), 0.1, 0, 0))
         self.fingerprint = y[0, [0, -1], :16].flatten().tolist()

@@ -301,7 +301,7 @@ def test_layers_keeps_the_first_blocks_and_changes_no_number(kind, pretrained):
 
 @pytest.mark.parametrize("kind, argv, numbers", [
     ("gpt2", [], [-0.1142, -0.4127, 0.5305]), ("bert", [], [2.1253, -0.2448, 0.8380]),
-    ("vit", [], [-1.5017, 1.1537, -0.1582]), ("whisper", [], [-1.8692, 2.5131, 0.7536]),
+    ("vit", [], [-1.5017, 1.1537, -0.1582]), ("whisper", [], [-1.3545, -0.2972, -1.3707]),
     ("dinov2", [], [-0.8631, 0.3192, 1.4675]),
     ("gpt2", ["--init_std=0.02", "--seed=1"], [1.7975, -1.3648, 0.5243])])
 def test_random_cores_are_the_same_on_every_machine(kind, argv, numbers):

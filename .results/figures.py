@@ -154,6 +154,7 @@ def verdicts(done):
             print(f"- S, {panel}: pretrained has no clear gain over random, so no share.")
         else:
             words = "mostly size" if share[1] > 0.5 else "not shown to be mostly size"
+            words = "more than all of it" if share[1] > 1 else words
             print("- S, {}: scaled has {:.2f} of the gain, {:.2f} to {:.2f}: {}.".format(
                 panel, *share, words))
     for home, away in ("whisper-speech", "smollm2-speech"), ("dinov2-cifar", "smollm2-cifar"):

@@ -148,11 +148,13 @@ def run_folder(run):
     return RUNS / "-".join(map(str, run)).replace(" ", "-")
 
 def command(run, cores=Path("cores")):
+    is_long = run.steps > TASKS[PANELS[run.panel][1]][1]  # of equal time: may overfit
+    every = run.steps // 10 if is_long else run.steps
     layers = 0 if run.condition == "no blocks" else LAYERS
     pretrained = 0 if run.condition in ("no blocks", "random") else 1
     return (f"{TASKS[PANELS[run.panel][1]][0]} --model {core_folder(run, cores)} --layers {layers} "
             f"--pretrained {pretrained} --pool {POOL.get(run.panel, 'auto')} --lr {run.lr} "
-            f"--seed {run.seed} --steps {run.steps} --eval_every {run.steps} --test 0")
+            f"--seed {run.seed} --steps {run.steps} --eval_every {every} --test 0")
 
 def device():
     if torch.cuda.is_available():
@@ -178,16 +180,16 @@ def train(run, args):
         # The child inherits the lock, so that it holds even if this process is killed.
         child = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                pass_fds=[lock.fileno()])
-        row, result = {}, {}
+        seconds, result = None, {}
         if child.returncode == 0:
-            log = (out / "log.jsonl").read_text().splitlines()
-            row, result = json.loads(log[-2]), json.loads(log[-1])
+            *rows, result = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            seconds = sum(row["train_seconds"] for row in rows)
         elif "The loss is not finite" not in child.stdout:  # if it is, null: the rate is too high
             sys.exit(f"{run}:\n{child.stdout[-3000:]}")
         figures = {name: result.get(name) for name in
                    ("validation_loss", "validation_accuracy", "trainable_parameters", "amp")}
         line = run._asdict() | figures | {
-            "train_seconds": row.get("train_seconds"), "device": device(),
+            "train_seconds": seconds, "device": device(),
             "date": time.strftime("%Y-%m-%d"), "command": command(run),
             "commit": subprocess.getoutput("git rev-parse --short HEAD")}
         # Intervals do not cover differences between machines. A diverged run has no precision.
@@ -225,20 +227,21 @@ def read_test(args, done):
         sys.exit(f"{len(missing)} runs are missing; {read} have been read before")
     for panel in args.panels:
         for condition in CONDITIONS:
-            losses, correct = [], []
+            losses, correct, majority = [], [], []
             for run in full_runs(panel, condition, done):
                 def keep(outputs, targets):
                     losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
                     correct.append((outputs.argmax(1) == targets).cpu())
+                    majority.append((targets == targets.mode().values).float().mean().cpu())
                     return {}
                 flags, model, batch, labels = trained(run, args)
                 splits = {"test": [len(labels["test"])]}
                 fpt.evaluate(flags, model, batch, "test", splits, F.cross_entropy, keep)
             arrays[f"{panel}/{condition}/loss"] = torch.stack(losses).half().numpy()
             arrays[f"{panel}/{condition}/correct"] = torch.stack(correct).numpy()
-        labels, task = labels["test"], PANELS[panel][1]
-        arrays[f"{panel}/majority"] = labels.bincount().max() / len(labels)
-        arrays[f"{task}/groups"] = groups(task, labels.tolist(), args.data)
+        task = PANELS[panel][1]
+        arrays[f"{panel}/majority"] = majority[0]
+        arrays[f"{task}/groups"] = groups(task, labels["test"].tolist(), args.data)
         print(time.strftime("%H:%M"), panel, "is read", flush=True)
     temporary = ARRAYS.with_name("unfinished.npz")
     np.savez_compressed(temporary, **arrays)
