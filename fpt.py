@@ -290,9 +290,8 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
     order = data.batches(len(labels["train"]), batch_size, args.seed, train_lengths)
-    if args.compile:
-        model.compile()
-    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    net = torch.compile(model) if args.compile else model  # evaluation uses model, not compiled
+    net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
 
     # Run folder. Process 0 alone evaluates, logs and saves.
     flags = {name: value for name, value in vars(args).items()
