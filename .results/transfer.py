@@ -45,6 +45,7 @@ PANELS = {"smollm2-sums": ("smollm2", "sums"), "smollm2-smiles": ("smollm2", "sm
 TASKS = {"sums": ("train_mnist_add.py --n 2", 2000), "smiles": ("train_cyp3a4.py", 300),
          "speech": ("train_speech.py", 600), "cifar": ("train_cifar.py", 1000)}
 POOL = {"smollm2-speech": "mean"}  # where a check was against fpt.py's rule, see the design
+COMPILED = "smollm2-speech", "whisper-speech", "smollm2-cifar", "dinov2-cifar"  # to save time
 LAYERS = 6  # Whisper's encoder has no more
 CONDITIONS = ("no blocks", "random", "scaled", "shuffled", "pretrained")
 DRAWN = ("scaled", "shuffled")  # their matrices, for every seed
@@ -154,7 +155,8 @@ def command(run, cores=Path("cores")):
     pretrained = 0 if run.condition in ("no blocks", "random") else 1
     return (f"{TASKS[PANELS[run.panel][1]][0]} --model {core_folder(run, cores)} --layers {layers} "
             f"--pretrained {pretrained} --pool {POOL.get(run.panel, 'auto')} --lr {run.lr} "
-            f"--seed {run.seed} --steps {run.steps} --eval_every {every} --test 0")
+            f"--seed {run.seed} --steps {run.steps} --eval_every {every} --test 0"
+            + " --compile 1" * (layers > 0 and run.panel in COMPILED))
 
 def device():
     if torch.cuda.is_available():
