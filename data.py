@@ -44,7 +44,8 @@ def one_at_a_time():
 
 def batches(size, batch_size, seed, lengths=None):
     """Yields int64 [batch_size] forever: the indices of a batch, in a new order each epoch. With
-    lengths [size] they are of similar length, to save padding: every 50 batches are sorted."""
+    lengths [size], a batch has similar lengths, to save padding: 50 batches at a time are sorted
+    and cut, and in the end all are shuffled."""
     for epoch in itertools.count():
         # Spread out, so that seed 0 in epoch 1 does not have the order of seed 1 in epoch 0.
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -165,9 +166,9 @@ def read_wav(path):
 
 def cyp3a4(folder, demo=False, tokens="smiles"):
     """CYP3A4_Veith (Veith et al. 2009), https://tdcommons.ai/single_pred_tasks/adme/, 0.7 MB.
-    Splits are (ids int32 of molecule_ids(), 0 pads; lengths int64 [n]; labels int64 [n], 1 for an
-    inhibitor). Test is TDC's scaffold split (9,862 and 2,466 molecules), validation is split off
-    in the same way (0.9 and 0.1). No Murcko scaffold is in two splits."""
+    Splits are (ids int32 [n, time] or [n, time, 4], see molecule_ids(), 0 pads; lengths int64 [n];
+    labels int64 [n], 1 for an inhibitor). Test is TDC's scaffold split (9,862 and 2,466 molecules);
+    the 9,862 are split again, 0.9 and 0.1. No Murcko scaffold is in two splits."""
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
     path = Path(folder) / "cyp3a4_veith.tab"
     if demo:
@@ -212,9 +213,9 @@ def scaffold_split(scaffolds, fraction):
     return first, second
 
 def molecule_ids(smiles, tokens):
-    """A SMILES string -> int32 ids, or None if RDKit cannot read it. tokens="smiles": [letters] of
-    RDKit's canonical SMILES, the same for every way of writing a molecule. "atoms": [atoms, 4], an
-    atom's Morgan environments (Rogers and Hahn 2010) of radius 0 to 3, hashed; 0: none."""
+    """A SMILES string -> int32 ids, or None if RDKit cannot read it. tokens="smiles": [characters]
+    of RDKit's canonical SMILES, the same for every way of writing a molecule. "atoms": [atoms, 4],
+    an atom's Morgan environments (Rogers and Hahn 2010) of radius 0 to 3, hashed; 0: none."""
     from rdkit import Chem, RDLogger
     from rdkit.Chem.rdFingerprintGenerator import AdditionalOutput, GetMorganGenerator
     RDLogger.DisableLog("rdApp.*")

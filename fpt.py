@@ -132,8 +132,8 @@ GPT2_SIZES = {"distilgpt2": (6, 12), "gpt2": (12, 12), "gpt2-medium": (24, 16),
               "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}
 
 def normal(shape, std, seed, stream):
-    """Normal random numbers, a stream of the seed for each weight. NumPy draws them, because torch
-    draws others on other devices, and a checkpoint leaves the frozen weights out."""
+    """Normal random numbers, a stream of the seed for each weight. A checkpoint leaves the frozen
+    weights out, so every device must draw the same: NumPy does, torch does not."""
     numbers = np.random.default_rng([seed, stream]).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(numbers * np.float32(std))
 
@@ -209,7 +209,7 @@ class FPT(nn.Module):
         width, positions = self.core.width, self.core.positions
         if time > positions:
             sys.exit(f"{time} tokens, but --model {args.model} has only {positions} positions")
-        # A checkpoint leaves the frozen weights out. This shows whether it belongs to the core.
+        # A checkpoint leaves the frozen weights out. This identifies the core it was trained with.
         with torch.no_grad():
             y = self.core(normal((1, min(60, positions), width), 0.1, 0, 0))
         self.fingerprint = y[0, [0, -1], :16].flatten().tolist()
@@ -218,7 +218,7 @@ class FPT(nn.Module):
         self.no_blocks = args.layers == 0
         rule = "last" if self.core.causal and not self.no_blocks else "mean"
         self.pool = rule if args.pool == "auto" else args.pool
-        # Token vectors start with standard deviation 0.1, whatever the task.
+        # Token vectors start with standard deviation about 0.1; that of id 0, padding, stays zero.
         self.input = nn.Embedding(inputs, width, 0) if discrete else nn.Linear(inputs, width)
         self.output = nn.Linear(width, outputs)
         std = 0.1 if discrete else 0.1 * inputs ** -0.5
@@ -226,7 +226,7 @@ class FPT(nn.Module):
         self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 10**6 + 1)
         (self.input.weight.data[0] if discrete else self.input.bias.data).zero_()
         self.output.bias.data.zero_()
-        # Freeze. Matrix products run in the precision of --amp; the residual stream is float32.
+        # Freeze. Matrix products run in the precision of --amp; between the blocks it is float32.
         self.autocast = torch.autocast(args.device.split(":")[0], PRECISIONS[args.amp],
                                        enabled=args.amp != "fp32")
         for p, part in self.named_parts():
@@ -235,7 +235,7 @@ class FPT(nn.Module):
                 p.data = p.data.to(PRECISIONS[args.amp])  # once, not by autocast at every step
         self.to(args.device).eval()  # also for training: no dropout anywhere
 
-    def named_parts(self):  # yields (parameter, part), part being one of PARTS
+    def named_parts(self):  # yields (parameter, one of PARTS); a later line overrides earlier ones
         for name, module in self.named_modules():
             part = "attn" if "att" in name else "ff"
             part = "pos" if isinstance(module, nn.Embedding) else part
@@ -248,16 +248,16 @@ class FPT(nn.Module):
         """tokens float [batch, time, inputs], int [batch, time] or int [batch, time, ids], of which
         the first lengths [batch] are not padding (None: all) -> float32 [batch, outputs]"""
         x = self.input(tokens)
-        if x.ndim == 4:  # several ids a token
+        if x.ndim == 4:  # several ids per token
             x = x.sum(2)
         # Float32 between the blocks: in bf16, large numbers would swallow small ones.
         x = self.core(x.float(), lengths)
-        if self.no_blocks:  # else the baseline is almost linear, and easy to beat
+        if self.no_blocks:  # without it, the baseline is almost linear, and easy to beat
             x = F.gelu(x)
         if lengths is None:
             lengths = torch.full((len(x),), x.shape[1], device=x.device)
-        last, time = lengths[:, None] - 1, torch.arange(x.shape[1], device=x.device)
-        read = time == last if self.pool == "last" else time <= last  # [batch, time]
+        last, position = lengths[:, None] - 1, torch.arange(x.shape[1], device=x.device)
+        read = (position == last) if self.pool == "last" else (position <= last)  # [batch, time]
         x = (x * read[:, :, None]).sum(1) / read.sum(1, keepdim=True)  # [batch, width]
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
@@ -272,19 +272,19 @@ def accuracy(outputs, targets):
 def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy, metrics=accuracy):
     """Train, keep the checkpoint of lowest validation loss, test it, return the log's last line.
 
-    batch:     of a split and an index int64 [n] (on the CPU): tokens and lengths or None, as
-               FPT.forward takes them, and targets int64 [n], all on args.device
-    labels:    {"train": int64 [examples] on the CPU, "validation": ..., "test": ...}
+    batch(split, index int64 [n] on the CPU) -> tokens, lengths or None (see FPT.forward) and
+        targets int64 [n], all on args.device
+    labels: {"train": int64 [examples] on the CPU, "validation": ..., "test": ...}, only to count
+        the examples and to recognise the data; training uses batch's targets
     train_lengths: int64 [examples] on the CPU: tokens in the training examples, if they differ
-    loss_fn:   of outputs and targets: the mean loss of a batch
-    metrics:   of outputs and targets: {"accuracy": a scalar tensor, ...}"""
-    splits = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
+    loss_fn(outputs, targets) -> mean loss, metrics(outputs, targets) -> {"accuracy": scalar}"""
+    checks = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
     if args.eval:
-        return test(args, model, batch, splits, loss_fn, metrics, args.eval)
+        return test(args, model, batch, checks, loss_fn, metrics, args.eval)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     batch_size = min(args.batch_size, len(labels["train"]) // WORLD * WORLD)  # equal shares
     if not trained or batch_size == 0:
-        sys.exit(f"--train {args.train} trains nothing, or {splits} is too little data")
+        sys.exit(f"--train {args.train} trains nothing, or there is too little data")
 
     # Optimizer, order of the data.
     optimizer = adamw(args, model)
@@ -298,7 +298,7 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
              if name not in ("out", "device", "resume", "eval", "predict")}  # not kept
     last = {"step": 0, "best_loss": math.inf, "log_size": 0}
     if args.resume:
-        last = load_checkpoint(f"{args.out}/last.pt", model, splits)
+        last = load_checkpoint(f"{args.out}/last.pt", model, checks)
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
         order = itertools.islice(order, last["step"] * args.accumulate, None)
@@ -333,24 +333,24 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
         # Evaluate. The other processes wait for process 0 in their next backward pass.
         if step % args.eval_every and step != args.steps:
             continue
-        losses, outputs, targets = map(torch.cat, zip(*history))
+        losses, outputs, targets = map(torch.cat, zip(*history))  # since the last evaluation
         train_accuracy = metrics(outputs, targets)["accuracy"].item()
         history, end = [], time.time()
         if RANK > 0:
             continue
         row = {"step": step, "train_loss": losses.mean().item(),
-               "train_loss_start": losses[0].item(), "train_loss_final": losses[-1].item(),
+               "train_loss_first": losses[0].item(), "train_loss_last": losses[-1].item(),
                "train_accuracy": train_accuracy,
-               **evaluate(args, model, batch, "validation", splits, loss_fn, metrics),
+               **evaluate(args, model, batch, "validation", checks, loss_fn, metrics),
                "train_seconds": end - start, "evaluation_seconds": time.time() - end}
         if not math.isfinite(row["train_loss"] + row["validation_loss"]):
-            sys.exit(f"The loss is not finite before step {step}: try a smaller --lr, or fp32")
+            sys.exit(f"The loss is not finite by step {step}: try a smaller --lr, or --amp fp32")
 
         # Log and save. A run that is killed between the two saves will repeat this.
         write_row(row, log)
         if wandb:
             wandb.log(row, step=step)
-        state = {"flags": flags, "splits": splits, "fingerprint": model.fingerprint,
+        state = {"flags": flags, "splits": checks, "fingerprint": model.fingerprint,
                  "step": step, "trained": trained}
         if row["validation_loss"] < best_loss:
             best_loss = row["validation_loss"]
@@ -363,7 +363,7 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
     # Test.
     if RANK > 0:
         return None
-    result = test(args, model, batch, splits, loss_fn, metrics, f"{args.out}/best.pt") | flags
+    result = test(args, model, batch, checks, loss_fn, metrics, f"{args.out}/best.pt") | flags
     log.write(json.dumps(result) + "\n")
     if wandb:
         wandb.summary.update(result)
@@ -384,10 +384,10 @@ def learning_rate(args, step):
 
 # ---- Evaluation and checkpoints ------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(args, model, batch, split, splits, loss_fn, metrics):
+def evaluate(args, model, batch, split, checks, loss_fn, metrics):
     """{"<split>_loss": ..., "<split>_accuracy": ..., ...} over all examples of a split. Without
     gradients, larger batches fit into memory."""
-    order, results = torch.arange(splits[split][0]), []
+    order, results = torch.arange(checks[split][0]), []
     for index in tqdm(order.split(4 * args.batch_size), split, leave=False):
         tokens, lengths, targets = batch(split, index)
         with model.autocast:
@@ -396,12 +396,12 @@ def evaluate(args, model, batch, split, splits, loss_fn, metrics):
     figures = {"loss": loss_fn(outputs, targets), **metrics(outputs, targets)}
     return {f"{split}_{name}": value.item() for name, value in figures.items()}
 
-def test(args, model, batch, splits, loss_fn, metrics, path):
+def test(args, model, batch, checks, loss_fn, metrics, path):
     """Evaluate the checkpoint at path on the test split; with --test 0, on the validation split."""
-    step = load_checkpoint(path, model, splits)["step"]
+    step = load_checkpoint(path, model, checks)["step"]
     split = "test" if args.test else "validation"
     return write_row({
-        "step": step, **evaluate(args, model, batch, split, splits, loss_fn, metrics),
+        "step": step, **evaluate(args, model, batch, split, checks, loss_fn, metrics),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters())})
 
@@ -450,15 +450,15 @@ def save(checkpoint, path):  # atomic write: a kill leaves the old file or the n
         torch.save(checkpoint, file)
     os.replace(f"{path}.tmp", path)
 
-def load_checkpoint(path, model=None, splits=None):
+def load_checkpoint(path, model=None, checks=None):
     """Returns a checkpoint. Puts its weights into the model, if core and data are the same."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         checkpoint["flags"]["task"], [checkpoint[key] for key in ("trained", "splits", "step")]
     except Exception as error:  # no file, a broken one, another kind of file
         sys.exit(f"{path} is missing or not a checkpoint of fpt.py ({type(error).__name__})")
-    if splits and splits != checkpoint["splits"]:
-        sys.exit(f"{path} has other data, in size or labels: {checkpoint['splits']}, not {splits}")
+    if checks and checks != checkpoint["splits"]:
+        sys.exit(f"{path} has other data, in size or labels: {checkpoint['splits']}, not {checks}")
     if model:
         # Relative differences: 1e-5 between processors or versions, over 1e-3 between cores.
         ours, theirs = np.array(model.fingerprint), np.array(checkpoint["fingerprint"])
@@ -483,8 +483,8 @@ def run(parser, main, demo={}):
     return result
 
 def parse(parser, demo={}):
-    """The command line. With --resume or --eval the flags of the checkpoint are the defaults; those
-    that would make another run, or another model, of it may not be changed."""
+    """The command line. With --resume or --eval the flags of the checkpoint are the defaults, and
+    those that would change the run or the model cannot be overridden."""
     notebook = re.search("ipykernel|kernel_launcher", sys.argv[0])  # its arguments are not ours
     argv = [] if notebook else sys.argv[1:]
     args = parser.parse_args(argv)
@@ -539,7 +539,7 @@ def at_least(minimum, kind=int):  # a type for argparse: a finite number, not be
     return number
 
 def flags(task, doc, **defaults):
-    """The flags that all scripts share. task: the script's name without train_; its defaults."""
+    """The shared flags. task: the script's name without train_; doc: its docstring; its defaults."""
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, formatter_class=HelpFormatter)
     add, switch, path = parser.add_argument, dict(type=int, choices=[0, 1]), os.path.expanduser
     add("--model", type=path, default="gpt2", help="hub name or folder: " + ", ".join(MODEL_TYPES))
@@ -547,10 +547,11 @@ def flags(task, doc, **defaults):
     add("--layers", type=at_least(0), help="use the first blocks only; 0: none; None: all")
     add("--init_std", type=at_least(0, float), help="std of random weights; None: 1/sqrt(width)")
     add("--train", default="in,out,ln,pos", help=f"all, or some of {','.join(PARTS)}")
-    add("--pool", choices=["auto", "last", "mean"], default="auto", help="tokens to read out")
+    add("--pool", choices=["auto", "last", "mean"], default="auto",
+        help="which tokens the output layer reads; auto: last if the model is causal")
     add("--steps", type=at_least(1), default=1000, help="gradient steps")
-    add("--batch_size", type=at_least(1), default=32, help="examples a forward pass, all processes")
-    add("--accumulate", type=at_least(1), default=1, help="forward passes a gradient step")
+    add("--batch_size", type=at_least(1), default=32, help="examples per forward pass, all GPUs")
+    add("--accumulate", type=at_least(1), default=1, help="forward passes per gradient step")
     add("--lr", type=at_least(0, float), default=3e-3, help="peak learning rate of AdamW")
     add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of matrix products")
     add("--compile", **switch, default=0, help="1: torch.compile the model")

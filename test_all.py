@@ -327,7 +327,7 @@ def test_a_run_learns_and_its_log_is_complete(tmp_path, capsys):
     toy("--out", tmp_path, "--steps", 200, "--eval_every", 50, "--seed", 3, metrics=metrics)
     *rows, last = log_lines(tmp_path)
     assert [row["step"] for row in rows] == [50, 100, 150, 200]
-    assert rows[3]["train_loss"] < rows[0]["train_loss_start"]
+    assert rows[3]["train_loss"] < rows[0]["train_loss_first"]
     assert rows[0]["validation_nothing"] is last["test_nothing"] is None  # JSON's null
     assert last["test_accuracy"] > last["test_majority_accuracy"] + 0.2
     assert {"seed": 3, "lr": 0.01, "model": folder("gpt2")}.items() <= last.items()

@@ -24,7 +24,8 @@ parser.add_argument("--tokens", choices=IDS, default="smiles", help="characters,
 def load(args):
     """The data for fpt.fit(): batch(split, index), labels, lengths of the training molecules."""
     splits = data.cyp3a4(args.data, args.demo, args.tokens)
-    for split, (ids, lengths, y) in splits.items():  # sorted, so that little of a batch is padding
+    for split, (ids, lengths, y) in splits.items():
+        # Sorted by length: evaluation reads in this order, with little padding.
         order = lengths.argsort(stable=True)
         splits[split] = ids[order], lengths[order], y[order]
     all_lengths = {split: lengths for split, (_, lengths, _) in splits.items()}

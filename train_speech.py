@@ -16,7 +16,7 @@ import torchaudio
 import data
 import fpt
 
-TIMES = {"mel": 51, "wave": 100}  # tokens in a clip
+TIMES = {"mel": 51, "wave": 100}  # tokens in a clip; mel frames are centred at 0, 20, ... 1000 ms
 FRAMES = dict(n_fft=1024, win_length=640, hop_length=320)  # samples
 MEL = torchaudio.transforms.MelSpectrogram(data.SPEECH_RATE, **FRAMES, n_mels=80)
 RESAMPLE = torchaudio.transforms.Resample(data.SPEECH_RATE, 8000)
@@ -46,17 +46,17 @@ def load(args):
     return batch, labels
 
 def augment(waves):
-    """Shift each clip [batch, samples] by up to 0.1 s, around the end, because silence there would
-    mark the training clips."""
+    """Shift each clip [batch, samples] by up to 0.1 s, in a circle: silence instead would mark the
+    training clips."""
     count, samples = waves.shape
     shift = torch.randint(-samples // 10, samples // 10 + 1, (count, 1), device=waves.device)
     return waves.gather(1, (shift + torch.arange(samples, device=waves.device)) % samples)
 
-def to_tokens(waves, tokens):
+def to_tokens(waves, kind):
     """int16 [batch, 16000] -> float32 [batch, time, 80]. mel: 80 log-mel energies every 20 ms.
     wave: 80 samples at 8 kHz. Each clip is standardised: loudness does not reveal the word."""
     waves = waves / 32768
-    if tokens == "mel":
+    if kind == "mel":
         features = (MEL.to(waves.device)(waves) + 1e-6).log().transpose(1, 2)
     else:
         features = RESAMPLE.to(waves.device)(waves).unflatten(1, (100, 80))
