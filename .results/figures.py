@@ -2,8 +2,8 @@
 
     python .results/figures.py          # prints markdown, writes .results/transfer.svg
 
-What is still missing is left out. Until the test sets of all panels are read, only validation is
-shown, so that no test result can change what is still to be run."""
+Until the test sets of all panels are read, only validation is shown, so that no test result can
+change what is still to be run."""
 import json
 import math
 
@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import optimize, stats
 
-from transfer import (ARRAYS, CONDITIONS, DRAWN, PANELS, PROBE, RATES, SEEDS, equal_time_run,
-                      finished, full_runs, validation_loss)
+from transfer import ARRAYS as ARRAYS_FILE
+from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, RATES, SEEDS, equal_time_run, finished,
+                      full_runs, validation_loss)
 
 # In the order of the figure: below a task of SmolLM2 is the control at home.
 TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "SmolLM2: speech",
@@ -21,9 +22,16 @@ TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "Smol
           "whisper-speech": "Whisper, at home: speech", "dinov2-cifar": "DINOv2, at home: CIFAR-10"}
 COLOURS = dict(zip(CONDITIONS, ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#009E73")))
 SHARE_LIMIT = 1e3  # an end of Fieller's interval beyond it counts as infinite
-VALUES = {}  # (panel, condition, "loss" or "correct"): float [seeds, test examples]
-MAJORITY = {}  # panel: the accuracy of always predicting the majority class
-GROUPS = {}  # task: int [test examples], the same for what belongs together
+# "<panel>/majority": the accuracy of always predicting the majority class; "<task>/groups": int
+# [test examples], the same for what belongs together; and what values() returns.
+ARRAYS = dict(np.load(ARRAYS_FILE)) if ARRAYS_FILE.exists() else {}
+UNREAD = [panel for panel in PANELS if f"{panel}/majority" not in ARRAYS]
+if UNREAD:
+    ARRAYS.clear()
+
+def values(panel, condition, name):
+    """name: "loss" or "correct" -> float64 [seeds, test examples]"""
+    return ARRAYS[f"{panel}/{condition}/{name}"].astype(float)
 
 # ---- Statistics ----------------------------------------------------------------------------------
 class Mean:
@@ -32,7 +40,7 @@ class Mean:
     def __init__(self, values, task):
         self.mean = values.mean()
         self.by_seeds = values.mean(1).var(ddof=1) / len(values)
-        rest = np.bincount(GROUPS[task], values.mean(0) - self.mean)
+        rest = np.bincount(ARRAYS[f"{task}/groups"], values.mean(0) - self.mean)
         # Every test digit is in two sums.
         self.by_examples = (rest ** 2).sum() / values.shape[1] ** 2 * (2 if task == "sums" else 1)
 
@@ -67,7 +75,7 @@ def fieller(top, bottom, task):
 def contrast(panel, first, second):
     """Loss and accuracy of one condition minus another's, paired by seed and example, as Mean."""
     task = PANELS[panel][1]
-    return [Mean(VALUES[panel, first, name] - VALUES[panel, second, name], task)
+    return [Mean(values(panel, first, name) - values(panel, second, name), task)
             for name in ("loss", "correct")]
 
 def is_better(loss, accuracy):  # "beats": both intervals exclude 0
@@ -91,20 +99,18 @@ def main_table(done):
             loss = np.mean([validation_loss(line) for line in lines])
             seconds = np.mean([line["train_seconds"] or math.nan for line in lines])
             cells = ["", ""]
-            if (panel, condition, "loss") in VALUES:
-                cells = [Mean(VALUES[panel, condition, "loss"], task).text(sign=""),
-                         Mean(VALUES[panel, condition, "correct"], task).text(100, 1, "")]
+            if not UNREAD:
+                cells = [Mean(values(panel, condition, "loss"), task).text(sign=""),
+                         Mean(values(panel, condition, "correct"), task).text(100, 1, "")]
             row(panel, condition, lines[0]["lr"] + end, f"{loss:.3f}", *cells, f"{seconds:.0f}")
 
-def read_panels():
-    return [panel for panel in PANELS if (panel, CONDITIONS[0], "loss") in VALUES]
-
-def pretraining(panels):
-    """Verdicts T, R and H. Returns {panel: the larger p of the contrasts, smallest gain}."""
+def pretraining():
+    """What T, R and H compare. Returns {panel: (the largest p, 1 if pretrained is not better; the
+    smallest gain in points; whether it beats both)}."""
     result = {}
     row("pretrained minus ...", "test loss", "test accuracy, points", "p, loss", "p, accuracy", "")
     row("---", "---:", "---:", "---:", "---:", "---")
-    for panel in panels:
+    for panel in PANELS:
         p, gain, better = 0.0, math.inf, []
         for other in DRAWN:
             loss, accuracy = contrast(panel, "pretrained", other)
@@ -112,42 +118,33 @@ def pretraining(panels):
             better.append(is_better(loss, accuracy))
             row(f"{panel}: {other}", loss.text(), accuracy.text(100, 1), f"{loss.p():.2g}",
                 f"{accuracy.p():.2g}", "beats" if better[-1] else "")
-        result[panel] = p, gain, all(better)
+        result[panel] = (p if all(better) else 1.0), gain, all(better)
     return result
 
 def verdict_t(result):
-    names = "smollm2-cifar", "smollm2-sums", "smollm2-smiles"
-    found, holds, holding = [name for name in names if name in result], 0, True
-    # Holm: the smallest p times 3, the next times 2, while they stay below 0.05. A panel that is
-    # missing counts as tested.
-    for rank, panel in enumerate(sorted(found, key=lambda name: result[name][0])):
+    names, holds, holding = ["smollm2-cifar", "smollm2-sums", "smollm2-smiles"], 0, True
+    # Holm: the smallest p times 3, the next times 2, while they stay below 0.05.
+    for rank, panel in enumerate(sorted(names, key=lambda name: result[name][0])):
         p, gain, better = result[panel]
         corrected = min(1.0, p * (len(names) - rank))
         holding = holding and corrected < 0.05
         holds += holding and better and gain >= 1
-        size = "material" if gain >= 1 else "below 1 point"
         print(f"- T, {panel}: {'holds' if holding and better else 'does not hold'}, corrected "
-              f"p {corrected:.2g}, {gain:+.1f} points at least ({size})")
-    if len(found) == len(names):
-        words = ["on speech only, so far", "mixed", "a frozen language model transfers"]
-        print(f"- **T: {holds} of 3 hold and are material: {words[min(holds, 2)]}.**")
+              f"p {corrected:.2g}, {gain:+.1f} points at least.")
+    words = ["on speech only, so far", "mixed", "a frozen language model transfers"]
+    print(f"- **T: {holds} of 3 hold and are material: {words[min(holds, 2)]}.**")
 
 def verdicts(done):
-    panels = read_panels()
-    result = pretraining(panels)
+    result = pretraining()
     print()
     verdict_t(result)
-    if "smollm2-speech" in panels:
-        below = []
-        for other in DRAWN:
-            loss = contrast("smollm2-speech", "pretrained", other)[0]
-            below.append(loss.mean + loss.half() < 0)
-        both = result["smollm2-speech"][2]
-        print(f"- **R: {'confirmed' if all(below) else 'not confirmed'}**: {sum(below)} of 2 "
-              f"intervals of test loss lie below 0. Beats both, in accuracy too: "
-              f"{'yes' if both else 'no'}.")
-    for panel in panels:
-        random, scaled, pretrained = (VALUES[panel, condition, "loss"]
+    losses = [contrast("smollm2-speech", "pretrained", other)[0] for other in DRAWN]
+    below = sum(loss.mean + loss.half() < 0 for loss in losses)
+    print(f"- **R: {'confirmed' if below == 2 else 'not confirmed'}**: {below} of 2 intervals of "
+          "test loss lie below 0. Beats both, in accuracy too: "
+          f"{'yes' if result['smollm2-speech'][2] else 'no'}.")
+    for panel in PANELS:
+        random, scaled, pretrained = (values(panel, condition, "loss")
                                       for condition in ("random", "scaled", "pretrained"))
         share = fieller(random - scaled, random - pretrained, PANELS[panel][1])
         if contrast(panel, "pretrained", "random")[0].mean >= 0 or math.inf in np.abs(share):
@@ -158,8 +155,7 @@ def verdicts(done):
             print("- S, {}: scaled has {:.2f} of the gain, {:.2f} to {:.2f}: {}.".format(
                 panel, *share, words))
     for home, away in ("whisper-speech", "smollm2-speech"), ("dinov2-cifar", "smollm2-cifar"):
-        if home in panels and away in panels:
-            verdict_h(home, away, result)
+        verdict_h(home, away, result)
     for panel in PANELS:
         run = equal_time_run(panel, done)
         if run in done:
@@ -174,11 +170,9 @@ def verdicts(done):
 def verdict_h(home, away, result):
     task, more, texts = PANELS[home][1], [], []
     for other in DRAWN:
-        means = []
-        for name in "loss", "correct":
-            gains = [VALUES[panel, "pretrained", name] - VALUES[panel, other, name]
-                     for panel in (home, away)]
-            means.append(Mean(gains[0] - gains[1], task))
+        means = [Mean(values(home, "pretrained", name) - values(home, other, name)
+                      - values(away, "pretrained", name) + values(away, other, name), task)
+                 for name in ("loss", "correct")]
         more.append(is_better(*means))
         texts.append(f"over {other} {means[0].text()} nats, {means[1].text(100, 1)} points")
     verdict = "holds" if all(more) and result[home][2] else "does not hold"
@@ -198,24 +192,20 @@ def probe_table():
 
 # ---- Figure --------------------------------------------------------------------------------------
 def draw():
-    panels = [panel for panel in TITLES if panel in read_panels()]
     matplotlib.rcParams |= {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "transfer"}
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.9 * rows + 0.4),
-                                squeeze=False)
-    for axis, panel in zip(axes.flat, panels):
+    figure, axes = plt.subplots(2, 3, figsize=(9.6, 6.2))
+    for axis, panel in zip(axes.flat, TITLES):
         for x, condition in enumerate(CONDITIONS):
-            values = 100 * VALUES[panel, condition, "correct"]
-            mean = Mean(values, PANELS[panel][1])
+            percent = 100 * values(panel, condition, "correct")
+            mean = Mean(percent, PANELS[panel][1])
             axis.bar(x, mean.mean, 0.75, color=COLOURS[condition])
             axis.errorbar(x, mean.mean, mean.half(), color="black", capsize=4, lw=1.3)
-            seeds = values.mean(1)
+            seeds = percent.mean(1)
             axis.plot(x + np.linspace(-0.25, 0.25, len(seeds)), seeds, "o", color="white",
                       mec="black", ms=3.5, mew=0.7)
             axis.text(x, max(mean.mean + mean.half(), seeds.max()) + 1.5, f"{mean.mean:.1f}",
                       ha="center", va="bottom")
-        axis.axhline(100 * MAJORITY[panel], color="black", ls="--", lw=1.2)
+        axis.axhline(100 * ARRAYS[f"{panel}/majority"], color="black", ls="--", lw=1.2)
         axis.set_title(TITLES[panel], fontsize=11.5)
         axis.set_ylim(0, 108)
         axis.set_yticks(range(0, 101, 25))
@@ -224,34 +214,18 @@ def draw():
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy, %")
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
     figure.text(0.5, 0.01, "Bar: mean of five seeds (dots), 95 % interval. Dashed: the majority "
                 "class.", ha="center")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(ARRAYS.with_suffix(".svg"), metadata={"Date": None})
-
-def load_arrays():
-    for key, array in np.load(ARRAYS).items():
-        name, *rest = key.split("/")
-        if rest == ["groups"]:
-            GROUPS[name] = array
-        elif rest == ["majority"]:
-            MAJORITY[name] = array
-        else:
-            VALUES[name, *rest] = array.astype(float)
+    figure.savefig(ARRAYS_FILE.with_suffix(".svg"), metadata={"Date": None})
 
 if __name__ == "__main__":
-    if ARRAYS.exists():
-        load_arrays()
-    if len(read_panels()) < len(PANELS):
-        print(f"The test sets of {len(read_panels())} of {len(PANELS)} panels are read.\n")
-        VALUES.clear()
+    print(f"Test sets not yet read: {', '.join(UNREAD) or 'none'}.\n")
     main_table(finished())
     print()
-    if VALUES:
+    if not UNREAD:
         verdicts(finished())
         draw()
-    if PROBE.exists():
         print()
+    if PROBE.exists():
         probe_table()

@@ -16,9 +16,7 @@ import fcntl
 import importlib
 import json
 import math
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,7 +48,6 @@ LAYERS = 6  # Whisper's encoder has no more
 CONDITIONS = ("no blocks", "random", "scaled", "shuffled", "pretrained")
 DRAWN = ("scaled", "shuffled")  # their matrices, for every seed
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
-FIRST_RATES = (2, 5)  # the grid begins as 1e-3 to 3e-2
 TUNING_SEED, SEEDS = 9, (3, 4, 5, 6, 7)
 LINES, ARRAYS = Path(".results/transfer.jsonl"), Path(".results/transfer.npz")
 PROBE, RUNS = Path(".results/transfer-probe.jsonl"), Path("runs/transfer")
@@ -89,7 +86,8 @@ def make_core(run, cores):
         for name in "out_features", "out_indices", "stage_names":  # of DINOv2's twelve blocks
             config.pop(name, None)
         (new / "config.json").write_text(json.dumps(config))
-        new.rename(folder)
+        if not folder.exists():  # another process may have been faster
+            new.rename(folder)
 
 # ---- Which runs ----------------------------------------------------------------------------------
 def finished():
@@ -103,22 +101,17 @@ def finished():
 def validation_loss(line):
     return math.inf if line["validation_loss"] is None else line["validation_loss"]
 
-def tune(panel, condition, done):
-    """The tuning runs that are missing and, if there are none, the best learning rate."""
-    low, high = FIRST_RATES
+def tune(panel, condition, done, low=2, high=5):
+    """The tuning runs that are missing and, if there are none, the best learning rate. The grid is
+    1e-3 to 3e-2; while an end of it wins, its neighbour is tried, too."""
     steps = TASKS[PANELS[panel][1]][1] // 4
-    while True:
-        runs = [Run(panel, condition, lr, TUNING_SEED, steps) for lr in RATES[low:high + 1]]
-        missing = [run for run in runs if run not in done]
-        if missing:
-            return missing, None
-        best = RATES.index(min(runs, key=lambda run: validation_loss(done[run])).lr)
-        if best == low and low > 0:  # while an end of the grid wins, its neighbour is tried
-            low -= 1
-        elif best == high and high + 1 < len(RATES):
-            high += 1
-        else:
-            return [], RATES[best]
+    runs = [Run(panel, condition, lr, TUNING_SEED, steps) for lr in RATES[low:high + 1]]
+    missing = [run for run in runs if run not in done]
+    if missing:
+        return missing, None
+    best = RATES.index(min(runs, key=lambda run: validation_loss(done[run])).lr)
+    wider = max(0, min(low, best - 1)), min(max(high, best + 1), len(RATES) - 1)
+    return ([], RATES[best]) if wider == (low, high) else tune(panel, condition, done, *wider)
 
 def full_runs(panel, condition, done):
     """The five runs that count, or [] while their learning rate is not known."""
@@ -132,7 +125,7 @@ def equal_time_run(panel, done):
         runs = full_runs(panel, condition, done)
         if not runs or not all(run in done for run in runs):
             return None
-        seconds.append(statistics.median(done[run]["train_seconds"] for run in runs))
+        seconds.append(np.median([done[run]["train_seconds"] for run in runs]))
     return runs[0]._replace(steps=round(runs[0].steps * seconds[0] / seconds[1]))
 
 def missing_runs(args, done):
@@ -140,9 +133,8 @@ def missing_runs(args, done):
     for panel in args.panels:
         for condition in CONDITIONS:
             runs += tune(panel, condition, done)[0] or full_runs(panel, condition, done)
-        if args.equal_time and equal_time_run(panel, done):
-            runs.append(equal_time_run(panel, done))
-    return [run for run in runs if run not in done]
+        runs += [equal_time_run(panel, done)] * args.equal_time
+    return [run for run in runs if run and run not in done]
 
 # ---- Training ------------------------------------------------------------------------------------
 def run_folder(run):
@@ -161,8 +153,7 @@ def command(run, cores=Path("cores")):
 def device():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = re.findall("model name.*: (.*)", subprocess.getoutput("cat /proc/cpuinfo"))
-    return names[0] if names else platform.processor()
+    return re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
 
 def train(run, args):
     """Make a run and write its line. Returns False if another process is making it."""
@@ -188,9 +179,8 @@ def train(run, args):
             seconds = sum(row["train_seconds"] for row in rows)
         elif "The loss is not finite" not in child.stdout:  # if it is, null: the rate is too high
             sys.exit(f"{run}:\n{child.stdout[-3000:]}")
-        figures = {name: result.get(name) for name in
-                   ("validation_loss", "validation_accuracy", "trainable_parameters", "amp")}
-        line = run._asdict() | figures | {
+        names = "validation_loss", "validation_accuracy", "trainable_parameters", "amp"
+        line = run._asdict() | {name: result.get(name) for name in names} | {
             "train_seconds": seconds, "device": device(),
             "date": time.strftime("%Y-%m-%d"), "command": command(run),
             "commit": subprocess.getoutput("git rev-parse --short HEAD")}
@@ -205,20 +195,20 @@ def train(run, args):
         return True
 
 # ---- After training ------------------------------------------------------------------------------
-def build(words, args):
-    """The model and the data of a training script: its main() gives them to fpt.fit()."""
-    sys.argv = [*words.split(), "--data", args.data]
-    module = importlib.import_module(sys.argv[0].removesuffix(".py"))
+def build(run, args, is_trained=True):
+    """A run's model and data, which the main() of its script gives to fpt.fit()."""
+    script, *words = command(run, args.cores).split()
+    if is_trained:  # the other flags come from the checkpoint
+        words = ["--model", str(core_folder(run, args.cores)),
+                 "--eval", f"{run_folder(run)}/best.pt"]
+    sys.argv = [script, *words, "--data", args.data]
+    module = importlib.import_module(script.removesuffix(".py"))
     fpt.fit = lambda *given, **more: given
     flags, model, batch, labels = module.main(fpt.parse(module.parser))[:4]
-    if flags.eval:
-        splits = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
-        fpt.load_checkpoint(flags.eval, model, splits)
+    if is_trained:
+        checks = {split: [len(y), zlib.crc32(y.numpy().tobytes())] for split, y in labels.items()}
+        fpt.load_checkpoint(flags.eval, model, checks)
     return flags, model, batch, labels
-
-def trained(run, args):
-    words = f"{command(run).split()[0]} --eval {run_folder(run)}/best.pt"
-    return build(f"{words} --model {core_folder(run, args.cores)}", args)
 
 def read_test(args, done):
     """Read the test sets, once: nothing is written before the last run is read."""
@@ -229,20 +219,19 @@ def read_test(args, done):
         sys.exit(f"{len(missing)} runs are missing; {read} have been read before")
     for panel in args.panels:
         for condition in CONDITIONS:
-            losses, correct, majority = [], [], []
+            losses, correct = [], []  # of each seed
             for run in full_runs(panel, condition, done):
-                def keep(outputs, targets):
-                    losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
-                    correct.append((outputs.argmax(1) == targets).cpu())
-                    majority.append((targets == targets.mode().values).float().mean().cpu())
-                    return {}
-                flags, model, batch, labels = trained(run, args)
-                splits = {"test": [len(labels["test"])]}
-                fpt.evaluate(flags, model, batch, "test", splits, F.cross_entropy, keep)
+                flags, model, batch, labels = build(run, args)
+                both = []
+                fpt.evaluate(flags, model, batch, "test", {"test": [len(labels["test"])]},
+                             F.cross_entropy, lambda *given: both.extend(given) or {})
+                outputs, targets = both
+                losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
+                correct.append((outputs.argmax(1) == targets).cpu())
             arrays[f"{panel}/{condition}/loss"] = torch.stack(losses).half().numpy()
             arrays[f"{panel}/{condition}/correct"] = torch.stack(correct).numpy()
         task = PANELS[panel][1]
-        arrays[f"{panel}/majority"] = majority[0]
+        arrays[f"{panel}/majority"] = (targets == targets.mode().values).float().mean().cpu()
         arrays[f"{task}/groups"] = groups(task, labels["test"].tolist(), args.data)
         print(time.strftime("%H:%M"), panel, "is read", flush=True)
     temporary = ARRAYS.with_name("unfinished.npz")
@@ -252,14 +241,12 @@ def read_test(args, done):
 def groups(task, labels, folder):
     """Which test examples belong together, int16 [examples]: the clips of a speaker, the molecules
     of a scaffold; in the order of the loaders, which the labels confirm."""
-    names = range(len(labels))
     if task == "speech":
         root = Path(folder, "SpeechCommands", "speech_commands_v0.02")
         clips = sorted((root / "testing_list.txt").read_text().split())
-        clips = [clip.split("/") for clip in clips if (root / clip).exists()]
-        words = sorted({word for word, _ in clips})
-        names = [name.split("_")[0] for _, name in clips]
-        ours = [words.index(word) for word, _ in clips]
+        clips = [re.split("[/_]", clip)[:2] for clip in clips if (root / clip).exists()]
+        words, names = zip(*clips)
+        ours = np.unique(words, return_inverse=True)[1].tolist()
     elif task == "smiles":
         from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
         with open(Path(folder, "cyp3a4_veith.tab"), newline="", encoding="utf-8") as file:
@@ -270,7 +257,9 @@ def groups(task, labels, folder):
         rows.sort(key=lambda i: len(data.molecule_ids(smiles[i], "smiles")))
         names = [scaffolds[i] for i in rows]
         ours = [int(float(table[i]["Y"])) for i in rows]
-    if task in ("speech", "smiles") and ours != labels:
+    else:
+        names, ours = range(len(labels)), labels
+    if ours != labels:
         sys.exit(f"The test set of {task} has another order in data.py than here")
     return np.unique(names, return_inverse=True)[1].astype(np.int16)
 
@@ -279,14 +268,11 @@ def probe(args, done):
     """What the blocks of SmolLM2 do with 64 validation clips. added: the norm of what a block adds
     to its input, relative to it; entropy: that of its attention, relative to uniform attention to
     the tokens it may see. Means over tokens and heads, for each block; the table averages."""
-    print("| condition | seed | trained | added | entropy |")
-    print("| --- | ---: | ---: | ---: | ---: |")
     for condition in CONDITIONS[1:]:
         for run in full_runs("smollm2-speech", condition, done):
             make_core(run, args.cores)
             for is_trained in 0, 1:
-                both = trained(run, args) if is_trained else build(command(run, args.cores), args)
-                _, model, batch, labels = both
+                _, model, batch, labels = build(run, args, is_trained)
                 added, entropy = [], []
 
                 def read_block(block, inputs, output):
@@ -309,8 +295,6 @@ def probe(args, done):
                         "added": added, "entropy": entropy}  # of each block
                 with open(PROBE, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(f"| {condition} | {run.seed} | {is_trained} | {np.mean(added):.3f} |"
-                      f" {np.mean(entropy):.3f} |", flush=True)
 
 def main():
     parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=fpt.HelpFormatter)
@@ -318,7 +302,7 @@ def main():
     parser.add_argument("--data", default="data", help="folder of the data sets")
     parser.add_argument("--cores", type=Path, default="cores", help="folder of the cores")
     parser.add_argument("--equal_time", action="store_true", help="also the runs of hypothesis B")
-    parser.add_argument("--probe", action="store_true", help="print a table about SmolLM2's blocks")
+    parser.add_argument("--probe", action="store_true", help="measure what SmolLM2's blocks do")
     parser.add_argument("--test", action="store_true", help="read the test sets, once")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
