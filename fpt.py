@@ -338,10 +338,10 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
         history, end = [], time.time()
         if RANK > 0:
             continue
+        validation = evaluate(args, model, batch, "validation", checks, loss_fn, metrics)
         row = {"step": step, "train_loss": losses.mean().item(),
                "train_loss_first": losses[0].item(), "train_loss_last": losses[-1].item(),
-               "train_accuracy": train_accuracy,
-               **evaluate(args, model, batch, "validation", checks, loss_fn, metrics),
+               "train_accuracy": train_accuracy, **validation,
                "train_seconds": end - start, "evaluation_seconds": time.time() - end}
         if not math.isfinite(row["train_loss"] + row["validation_loss"]):
             sys.exit(f"The loss is not finite by step {step}: try a smaller --lr, or --amp fp32")
@@ -351,7 +351,7 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
         if wandb:
             wandb.log(row, step=step)
         state = {"flags": flags, "splits": checks, "fingerprint": model.fingerprint,
-                 "step": step, "trained": trained}
+                 "step": step, "validation": validation, "trained": trained}
         if row["validation_loss"] < best_loss:
             best_loss = row["validation_loss"]
             save(state, f"{args.out}/best.pt")
@@ -385,10 +385,9 @@ def learning_rate(args, step):
 # ---- Evaluation and checkpoints ------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(args, model, batch, split, checks, loss_fn, metrics):
-    """{"<split>_loss": ..., "<split>_accuracy": ..., ...} over all examples of a split. Without
-    gradients, larger batches fit into memory."""
+    """{"<split>_loss": ..., "<split>_accuracy": ..., ...} over all examples of a split."""
     order, results = torch.arange(checks[split][0]), []
-    for index in tqdm(order.split(4 * args.batch_size), split, leave=False):
+    for index in tqdm(order.split(4 * args.batch_size), split, leave=False):  # larger: no gradients
         tokens, lengths, targets = batch(split, index)
         with model.autocast:
             results.append((model(tokens, lengths), targets))
@@ -398,10 +397,11 @@ def evaluate(args, model, batch, split, checks, loss_fn, metrics):
 
 def test(args, model, batch, checks, loss_fn, metrics, path):
     """Evaluate the checkpoint at path on the test split; with --test 0, on the validation split."""
-    step = load_checkpoint(path, model, checks)["step"]
-    split = "test" if args.test else "validation"
+    checkpoint, split = load_checkpoint(path, model, checks), "test" if args.test else "validation"
+    figures = (evaluate(args, model, batch, split, checks, loss_fn, metrics)
+               if args.test or args.eval else checkpoint["validation"])
     return write_row({
-        "step": step, **evaluate(args, model, batch, split, checks, loss_fn, metrics),
+        "step": checkpoint["step"], **figures,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters())})
 
