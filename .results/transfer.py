@@ -103,15 +103,24 @@ def validation_loss(line):
 
 def tune(panel, condition, done, low=2, high=5):
     """The tuning runs that are missing and, if there are none, the best learning rate. The grid is
-    1e-3 to 3e-2; while an end of it wins, its neighbour is tried, too."""
-    steps = TASKS[PANELS[panel][1]][1] // 4
-    runs = [Run(panel, condition, lr, TUNING_SEED, steps) for lr in RATES[low:high + 1]]
-    missing = [run for run in runs if run not in done]
+    1e-3 to 3e-2 at a quarter of the steps; while an end of it wins, its neighbour is tried, too.
+    Then the best rate and the next lower one are tried at full length."""
+    def best_of(rates, steps):
+        runs = [Run(panel, condition, lr, TUNING_SEED, steps) for lr in rates]
+        missing = [run for run in runs if run not in done]
+        if missing:
+            return missing, None
+        return [], min(runs, key=lambda run: validation_loss(done[run])).lr
+
+    steps = TASKS[PANELS[panel][1]][1]
+    missing, lr = best_of(RATES[low:high + 1], steps // 4)
     if missing:
         return missing, None
-    best = RATES.index(min(runs, key=lambda run: validation_loss(done[run])).lr)
+    best = RATES.index(lr)
     wider = max(0, min(low, best - 1)), min(max(high, best + 1), len(RATES) - 1)
-    return ([], RATES[best]) if wider == (low, high) else tune(panel, condition, done, *wider)
+    if wider != (low, high):
+        return tune(panel, condition, done, *wider)
+    return best_of(RATES[max(0, best - 1):best + 1], steps)
 
 def full_runs(panel, condition, done):
     """The five runs that count, or [] while their learning rate is not known."""
@@ -186,7 +195,7 @@ def train(run, args):
             "commit": subprocess.getoutput("git rev-parse --short HEAD")}
         # Intervals do not cover differences between machines. A diverged run has no precision.
         machines = {(one["amp"], one["device"]) for one in (*finished().values(), line)
-                    if one["panel"] == run.panel and one["amp"]}
+                    if one["panel"] == run.panel and one["seed"] in SEEDS and one["amp"]}
         if len(machines) > 1:
             sys.exit(f"{run}, not written: {run.panel} has runs of {machines}")
         with open(LINES, "a") as file:
