@@ -226,7 +226,7 @@ class FPT(nn.Module):
         self.output.weight.data = normal((outputs, width), width ** -0.5, args.seed, 10**6 + 1)
         (self.input.weight.data[0] if discrete else self.input.bias.data).zero_()
         self.output.bias.data.zero_()
-        # Freeze. Matrix products run in the precision of --amp; between the blocks it is float32.
+        # Freeze. Matrix products run in the precision of --amp; the residual stream is float32.
         self.autocast = torch.autocast(args.device.split(":")[0], PRECISIONS[args.amp],
                                        enabled=args.amp != "fp32")
         for p, part in self.named_parts():
@@ -539,7 +539,7 @@ def at_least(minimum, kind=int):  # a type for argparse: a finite number, not be
     return number
 
 def flags(task, doc, **defaults):
-    """The shared flags. task: the script's name without train_; doc: its docstring; its defaults."""
+    """The shared flags. task: a script's name without train_; doc: its docstring; its defaults."""
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, formatter_class=HelpFormatter)
     add, switch, path = parser.add_argument, dict(type=int, choices=[0, 1]), os.path.expanduser
     add("--model", type=path, default="gpt2", help="hub name or folder: " + ", ".join(MODEL_TYPES))
