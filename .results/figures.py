@@ -1,11 +1,13 @@
 """Tables, verdicts and figure of transfer.py, from the committed files alone.
 
     python .results/figures.py          # prints markdown, writes .results/transfer.svg
+    python .results/figures.py --first  # no figure; learning rates as first registered, if they ran
 
 Until the test sets of all panels are read, only validation is shown, so that no test result can
 change what is still to be run."""
 import json
 import math
+import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,8 +15,8 @@ import numpy as np
 from scipy import optimize, stats
 
 from transfer import ARRAYS as ARRAYS_FILE
-from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, RATES, SEEDS, equal_time_run, finished,
-                      full_runs, validation_loss)
+from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, RATES, SEEDS, array_name, equal_time_run,
+                      finished, full_runs, validation_loss)
 
 # In the order of the figure: below a task of SmolLM2 is the control at home.
 TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "SmolLM2: speech",
@@ -22,27 +24,42 @@ TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "Smol
           "whisper-speech": "Whisper, at home: speech", "dinov2-cifar": "DINOv2, at home: CIFAR-10"}
 COLOURS = dict(zip(CONDITIONS, ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#009E73")))
 SHARE_LIMIT = 1e3  # an end of Fieller's interval beyond it counts as infinite
-# "<panel>/majority": the accuracy of always predicting the majority class; "<task>/groups": int
+# "<task>/majority": the accuracy of always predicting the majority class; "<task>/groups": int
 # [test examples], the same for what belongs together; and what values() returns.
 ARRAYS = dict(np.load(ARRAYS_FILE)) if ARRAYS_FILE.exists() else {}
-UNREAD = [panel for panel in PANELS if f"{panel}/majority" not in ARRAYS]
-if UNREAD:
-    ARRAYS.clear()
+DONE = finished()
+
+def five_runs(panel, condition):
+    """The runs of the five seeds, or [] if some are missing."""
+    for is_final in (False, True) if "--first" in sys.argv else (True,):
+        runs = full_runs(panel, condition, DONE, is_final)
+        if runs and all(run in DONE for run in runs):
+            return runs
+    return []
 
 def values(panel, condition, name):
-    """name: "loss" or "correct" -> float64 [seeds, test examples]"""
-    return ARRAYS[f"{panel}/{condition}/{name}"].astype(float)
+    """name: "loss" or "correct" -> float64 [seeds + test examples], the means of each"""
+    runs = five_runs(panel, condition)
+    return ARRAYS[f"{array_name(runs[0])}/{name}"].astype(float)
+
+def is_read(panel, condition):
+    runs = five_runs(panel, condition)
+    return runs and f"{array_name(runs[0])}/loss" in ARRAYS
+
+UNREAD = [f"{panel}, {condition}" for panel in PANELS for condition in CONDITIONS
+          if not is_read(panel, condition)]
 
 # ---- Statistics ----------------------------------------------------------------------------------
 class Mean:
-    """The mean of values [seeds, test examples] and the variances of it: due to the seeds, of which
-    there are few, and due to the examples, of which those of a group are alike."""
+    """The mean of what values() returns and the variances of it: due to the seeds, of which there
+    are few, and due to the examples, of which those of a group are alike."""
     def __init__(self, values, task):
-        self.mean = values.mean()
-        self.by_seeds = values.mean(1).var(ddof=1) / len(values)
-        rest = np.bincount(ARRAYS[f"{task}/groups"], values.mean(0) - self.mean)
+        self.seeds, examples = np.split(values, [len(SEEDS)])
+        self.mean = self.seeds.mean()
+        self.by_seeds = self.seeds.var(ddof=1) / len(SEEDS)
+        rest = np.bincount(ARRAYS[f"{task}/groups"], examples - self.mean)
         # Every test digit is in two sums.
-        self.by_examples = (rest ** 2).sum() / values.shape[1] ** 2 * (2 if task == "sums" else 1)
+        self.by_examples = (rest ** 2).sum() / len(examples) ** 2 * (2 if task == "sums" else 1)
 
     def half(self, p=0.05):
         """Half of the 1 - p interval after Cochran and Cox: Student's t for the seeds' part, normal
@@ -66,7 +83,7 @@ def fieller(top, bottom, task):
     def distance(ratio):
         difference = Mean(top - ratio * bottom, task)
         return abs(difference.mean) - difference.half()
-    ratio, ends = top.mean() / bottom.mean(), []
+    ratio, ends = Mean(top, task).mean / Mean(bottom, task).mean, []
     for far in -SHARE_LIMIT, SHARE_LIMIT:
         found = distance(far) > 0
         ends.append(optimize.brentq(distance, ratio, far) if found else far * math.inf)
@@ -85,15 +102,14 @@ def row(*cells):
     print("|", " | ".join(map(str, cells)), "|")
 
 # ---- Tables --------------------------------------------------------------------------------------
-def main_table(done):
+def main_table():
     row("panel", "condition", "learning rate", "validation loss", "test loss", "test accuracy, %",
         "seconds of training")
     row("---", "---", "---:", "---:", "---:", "---:", "---:")
     for panel, (_, task) in PANELS.items():
         for condition in CONDITIONS:
-            runs = full_runs(panel, condition, done)
-            lines = [done[run] for run in runs if run in done]
-            if len(lines) < len(SEEDS):
+            lines = [DONE[run] for run in five_runs(panel, condition)]
+            if not lines:
                 continue
             end = " (end of the grid)" if lines[0]["lr"] in (RATES[0], RATES[-1]) else ""
             loss = np.mean([validation_loss(line) for line in lines])
@@ -134,7 +150,7 @@ def verdict_t(result):
     words = ["on speech only, so far", "mixed", "a frozen language model transfers"]
     print(f"- **T: {holds} of 3 hold and are material: {words[min(holds, 2)]}.**")
 
-def verdicts(done):
+def verdicts():
     result = pretraining()
     print()
     verdict_t(result)
@@ -157,9 +173,9 @@ def verdicts(done):
     for home, away in ("whisper-speech", "smollm2-speech"), ("dinov2-cifar", "smollm2-cifar"):
         verdict_h(home, away, result)
     for panel in PANELS:
-        run = equal_time_run(panel, done)
-        if run in done:
-            first, second = done[full_runs(panel, "pretrained", done)[0]], done[run]  # both seed 3
+        run = equal_time_run(panel, DONE)
+        if run in DONE:
+            first, second = DONE[full_runs(panel, "pretrained", DONE)[0]], DONE[run]  # both seed 3
             holds = (validation_loss(first) < validation_loss(second)
                      and first["validation_accuracy"] > second["validation_accuracy"])
             texts = [f"{validation_loss(line):.3f}, {100 * line['validation_accuracy']:.1f} %, "
@@ -196,16 +212,14 @@ def draw():
     figure, axes = plt.subplots(2, 3, figsize=(9.6, 6.2))
     for axis, panel in zip(axes.flat, TITLES):
         for x, condition in enumerate(CONDITIONS):
-            percent = 100 * values(panel, condition, "correct")
-            mean = Mean(percent, PANELS[panel][1])
+            mean = Mean(100 * values(panel, condition, "correct"), PANELS[panel][1])
             axis.bar(x, mean.mean, 0.75, color=COLOURS[condition])
             axis.errorbar(x, mean.mean, mean.half(), color="black", capsize=4, lw=1.3)
-            seeds = percent.mean(1)
-            axis.plot(x + np.linspace(-0.25, 0.25, len(seeds)), seeds, "o", color="white",
+            axis.plot(x + np.linspace(-0.25, 0.25, len(SEEDS)), mean.seeds, "o", color="white",
                       mec="black", ms=3.5, mew=0.7)
-            axis.text(x, max(mean.mean + mean.half(), seeds.max()) + 1.5, f"{mean.mean:.1f}",
+            axis.text(x, max(mean.mean + mean.half(), mean.seeds.max()) + 1.5, f"{mean.mean:.1f}",
                       ha="center", va="bottom")
-        axis.axhline(100 * ARRAYS[f"{panel}/majority"], color="black", ls="--", lw=1.2)
+        axis.axhline(100 * ARRAYS[f"{PANELS[panel][1]}/majority"], color="black", ls="--", lw=1.2)
         axis.set_title(TITLES[panel], fontsize=11.5)
         axis.set_ylim(0, 108)
         axis.set_yticks(range(0, 101, 25))
@@ -221,11 +235,12 @@ def draw():
 
 if __name__ == "__main__":
     print(f"Test sets not yet read: {', '.join(UNREAD) or 'none'}.\n")
-    main_table(finished())
+    main_table()
     print()
     if not UNREAD:
-        verdicts(finished())
-        draw()
+        verdicts()
+        if "--first" not in sys.argv:
+            draw()
         print()
     if PROBE.exists():
         probe_table()

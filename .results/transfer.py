@@ -4,7 +4,7 @@
     python .results/transfer.py --panels smollm2-sums       # of this panel only
     python .results/transfer.py --equal_time                # also: no blocks, as long as pretrained
     python .results/transfer.py --probe                     # what the blocks do, before and after
-    python .results/transfer.py --test --panels ...         # once, when trained: read its test set
+    python .results/transfer.py --test                      # read the test sets, of what is trained
 
 Run it from the top folder; figures.py makes tables and figure of what it writes. A finished run is
 a line of .results/transfer.jsonl and is not repeated; several processes share the runs among them
@@ -14,6 +14,7 @@ import argparse
 import csv
 import fcntl
 import importlib
+import itertools
 import json
 import math
 import re
@@ -101,10 +102,10 @@ def finished():
 def validation_loss(line):
     return math.inf if line["validation_loss"] is None else line["validation_loss"]
 
-def tune(panel, condition, done, low=2, high=5):
+def tune(panel, condition, done, is_final=True, low=2, high=5):
     """The tuning runs that are missing and, if there are none, the best learning rate. The grid is
     1e-3 to 3e-2 at a quarter of the steps; while an end of it wins, its neighbour is tried, too.
-    Then the best rate and the next lower one are tried at full length."""
+    If is_final, the best rate and the next lower one are then tried at full length."""
     def best_of(rates, steps):
         runs = [Run(panel, condition, lr, TUNING_SEED, steps) for lr in rates]
         missing = [run for run in runs if run not in done]
@@ -119,12 +120,14 @@ def tune(panel, condition, done, low=2, high=5):
     best = RATES.index(lr)
     wider = max(0, min(low, best - 1)), min(max(high, best + 1), len(RATES) - 1)
     if wider != (low, high):
-        return tune(panel, condition, done, *wider)
+        return tune(panel, condition, done, is_final, *wider)
+    if not is_final:
+        return [], lr
     return best_of(RATES[max(0, best - 1):best + 1], steps)
 
-def full_runs(panel, condition, done):
+def full_runs(panel, condition, done, is_final=True):
     """The five runs that count, or [] while their learning rate is not known."""
-    lr, steps = tune(panel, condition, done)[1], TASKS[PANELS[panel][1]][1]
+    lr, steps = tune(panel, condition, done, is_final)[1], TASKS[PANELS[panel][1]][1]
     return [Run(panel, condition, lr, seed, steps) for seed in SEEDS] if lr else []
 
 def equal_time_run(panel, done):
@@ -220,32 +223,41 @@ def build(run, args, is_trained=True):
     return flags, model, batch, labels
 
 def read_test(args, done):
-    """Read the test sets, once: nothing is written before the last run is read."""
+    """Read the test sets with every condition that is trained, each only once: losses and correct
+    answers (1, not 0), float32 [seeds + examples]: the mean of each seed over the examples, then
+    that of each example over the seeds. Figures need no more."""
     arrays = dict(np.load(ARRAYS)) if ARRAYS.exists() else {}
-    read = [panel for panel in args.panels if f"{panel}/majority" in arrays]
-    missing = missing_runs(args, done)
-    if missing or read:
-        sys.exit(f"{len(missing)} runs are missing; {read} have been read before")
-    for panel in args.panels:
-        for condition in CONDITIONS:
-            losses, correct = [], []  # of each seed
-            for run in full_runs(panel, condition, done):
-                flags, model, batch, labels = build(run, args)
-                both = []
-                fpt.evaluate(flags, model, batch, "test", {"test": [len(labels["test"])]},
-                             F.cross_entropy, lambda *given: both.extend(given) or {})
-                outputs, targets = both
-                losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
-                correct.append((outputs.argmax(1) == targets).cpu())
-            arrays[f"{panel}/{condition}/loss"] = torch.stack(losses).half().numpy()
-            arrays[f"{panel}/{condition}/correct"] = torch.stack(correct).numpy()
+    for panel, condition in itertools.product(args.panels, CONDITIONS):
+        runs = full_runs(panel, condition, done)
+        if not runs or any(run not in done for run in runs):
+            continue
+        name = array_name(runs[0])
+        if f"{name}/loss" in arrays:
+            continue
+        losses, correct = [], []  # of each seed
+        for run in runs:
+            flags, model, batch, labels = build(run, args)
+            both = []
+            fpt.evaluate(flags, model, batch, "test", {"test": [len(labels["test"])]},
+                         F.cross_entropy, lambda *given: both.extend(given) or {})
+            outputs, targets = both
+            losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
+            correct.append((outputs.argmax(1) == targets).float().cpu())
+        arrays[f"{name}/loss"] = means(torch.stack(losses).numpy())
+        arrays[f"{name}/correct"] = means(torch.stack(correct).numpy())
         task = PANELS[panel][1]
-        arrays[f"{panel}/majority"] = (targets == targets.mode().values).float().mean().cpu()
+        arrays[f"{task}/majority"] = (targets == targets.mode().values).float().mean().cpu()
         arrays[f"{task}/groups"] = groups(task, labels["test"].tolist(), args.data)
-        print(time.strftime("%H:%M"), panel, "is read", flush=True)
-    temporary = ARRAYS.with_name("unfinished.npz")
-    np.savez_compressed(temporary, **arrays)
-    temporary.rename(ARRAYS)
+        temporary = ARRAYS.with_name("unfinished.npz")
+        np.savez_compressed(temporary, **arrays)
+        temporary.rename(ARRAYS)
+        print(time.strftime("%H:%M"), panel, condition, "is read", flush=True)
+
+def array_name(run):  # the same for the five seeds
+    return f"{run.panel}/{run.condition}/{run.lr}"
+
+def means(values):  # [seeds, examples] -> [seeds + examples]
+    return np.concatenate([values.mean(1), values.mean(0)])
 
 def groups(task, labels, folder):
     """Which test examples belong together, int16 [examples]: the clips of a speaker, the molecules
@@ -312,7 +324,7 @@ def main():
     parser.add_argument("--cores", type=Path, default="cores", help="folder of the cores")
     parser.add_argument("--equal_time", action="store_true", help="also the runs of hypothesis B")
     parser.add_argument("--probe", action="store_true", help="measure what SmolLM2's blocks do")
-    parser.add_argument("--test", action="store_true", help="read the test sets, once")
+    parser.add_argument("--test", action="store_true", help="read the test sets, once each")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     if args.probe:
