@@ -46,8 +46,8 @@ def is_read(panel, condition):
     runs = five_runs(panel, condition)
     return runs and f"{array_name(runs[0])}/loss" in ARRAYS
 
-UNREAD = [f"{panel}, {condition}" for panel in PANELS for condition in CONDITIONS
-          if not is_read(panel, condition)]
+UNREAD = [panel for panel in PANELS
+          if not all(is_read(panel, condition) for condition in CONDITIONS)]
 
 # ---- Statistics ----------------------------------------------------------------------------------
 class Mean:
