@@ -45,7 +45,7 @@ def one_at_a_time():
 def batches(size, batch_size, seed, lengths=None):
     """Yields int64 [batch_size] forever: the indices of a batch, in a new order each epoch. With
     lengths [size], a batch has similar lengths, to save padding: 50 batches at a time are sorted
-    and cut, and in the end all are shuffled."""
+    by length and split, then the batches are shuffled."""
     for epoch in itertools.count():
         # Spread out, so that seed 0 in epoch 1 does not have the order of seed 1 in epoch 0.
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -59,8 +59,8 @@ def batches(size, batch_size, seed, lengths=None):
 @one_at_a_time()
 def cifar10(folder, demo=False):
     """CIFAR-10 (Krizhevsky 2009), https://www.cs.toronto.edu/~kriz/cifar.html, 170 MB. Splits are
-    (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9): 45,000, 5,000 and 10,000 images. Where
-    there is cifar10.npz, with train_x, train_y, test_x and test_y, it is read instead."""
+    (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9): 45,000, 5,000 and 10,000 images. If
+    there is a cifar10.npz (train_x, train_y, test_x, test_y), it is read instead."""
     from torchvision.datasets import CIFAR10
     if demo:
         return demo_splits(np.random.default_rng(0).integers(176, size=(10, 32, 32, 3)), np.uint8)
@@ -88,7 +88,7 @@ def mnist(folder, demo=False):
     parts = [(part.data.numpy(), part.targets.numpy()) for part in parts]
     content = b"".join(x.tobytes() + y.astype(np.uint8).tobytes() for x, y in parts)
     if hashlib.sha256(content).hexdigest() != MNIST_SHA256:
-        print(f"{path} is not the original MNIST: compare results only with others on it")
+        print(f"{path} is not the original MNIST: results are not comparable")
     return image_splits(path, parts, (28, 28), holdout=12)
 
 def image_splits(path, parts, shape, holdout):
@@ -135,7 +135,7 @@ def speech_commands(folder, demo=False):
         raise SystemExit(f"Delete {root}: it has {sizes} clips of {len(words)} words, and lacks "
                          f"{len(listed - clips)} of its lists; 35 words have {SPEECH_SIZES}")
     if len(words) < 35:
-        print(f"{root} has {len(words)} of 35 words: compare results only with others on these")
+        print(f"{root} has {len(words)} of 35 words: results are not comparable")
     names = [name for part in parts for name in sorted(part)]
     files = [(name, (root / name).stat().st_size, (root / name).stat().st_mtime) for name in names]
     made_from = hashlib.sha256(repr([CACHE_VERSION, files]).encode()).hexdigest()[:12]
@@ -183,7 +183,7 @@ def cyp3a4(folder, demo=False, tokens="smiles"):
                 rows = [(row["Drug"], int(float(row["Y"]))) for row in table]
             content = "".join(f"{smiles}\t{label}\n" for smiles, label in rows)
             if hashlib.sha256(content.encode()).hexdigest() != CYP3A4_SHA256:
-                raise ValueError(f"{len(rows)} molecules, not the official 12,328")
+                raise ValueError(f"its {len(rows)} molecules are not the official 12,328")
     ids, scaffolds, splits = [], [], {}
     for smiles, _ in tqdm(rows, "read molecules"):
         ids.append(molecule_ids(smiles, tokens))
@@ -201,7 +201,7 @@ def cyp3a4(folder, demo=False, tokens="smiles"):
 
 def scaffold_split(scaffolds, fraction):
     """Scaffolds of molecules -> two lists of indices, no scaffold in both. As TDC with seed 0
-    and fractions (fraction, 1 - fraction, 0): shuffled groups fill the first."""
+    and fractions (fraction, 1 - fraction, 0): shuffled groups go to the first while they fit."""
     groups, first, second = {}, [], []
     for i, scaffold in enumerate(scaffolds):
         groups.setdefault(scaffold, []).append(i)
@@ -239,7 +239,7 @@ def molecule_ids(smiles, tokens):
 
 def read_image(path, mode, side, ground):
     """An image file -> uint8 [side, side] for mode "L" or [side, side, 3] for "RGB", upright and
-    resized. Where it is transparent, the grey `ground` shows, 0 (black) to 255 (white)."""
+    resized. Transparent pixels become the grey `ground`, 0 (black) to 255 (white)."""
     from PIL import Image, ImageOps
     with exit_if_unreadable(path, "expected an image, such as a PNG or JPEG file"):
         image = ImageOps.exif_transpose(Image.open(os.path.expanduser(path)))
@@ -263,7 +263,7 @@ def demo_splits(patterns, dtype):
     return splits
 
 def demo_molecules():
-    """[(SMILES, label)], the inhibitors with an azole, which binds the enzyme's iron."""
+    """[(SMILES, label)]. Inhibitors contain an azole, which binds the enzyme's iron."""
     heads = "c1ccccc1 c1ccc(Cl)cc1 c1ccc(F)cc1 c1ccsc1 C1CCCCC1 c1ccc2ccccc2c1".split()
     chains = "C CC COC CSC CCC CCOC CCCC CCSC".split()
     tails = "n1ccnc1 n1cncn1 c1cnc[nH]1 c1ccco1 c1ccccc1 C(=O)O C1CCOCC1".split()

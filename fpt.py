@@ -64,7 +64,7 @@ class Block(nn.Module):
         return x + self.mlp.c_proj(self.act(self.mlp.c_fc(self.ln_2(x))))
 
 class GPT2(nn.Module):
-    """GPT-2 without its token embedding, because our tokens are vectors."""
+    """GPT-2 without its token embedding, which the input layer replaces."""
     def __init__(self, config, layers):
         super().__init__()
         self.width, self.positions, self.causal = config.n_embd, config.n_positions, True
@@ -87,8 +87,8 @@ MODEL_TYPES = ("gpt2", *TEXT, *STACKS)
 class Adapter(nn.Module):
     """A model of the transformers library, called as GPT2 is.
 
-    A text model takes our vectors as inputs_embeds. From others we take blocks and final norm.
-    Positions of image patches, and rotary ones if no block is left to hold them, become zeros."""
+    A text model takes our vectors as inputs_embeds. From others we take blocks and final norm. New
+    positions, zero at first, replace an image model's, and rotary ones if there are no blocks."""
     def __init__(self, model, layers):
         super().__init__()
         config, whisper = model.config, model.config.model_type == "whisper"
@@ -166,12 +166,12 @@ def load_core(args):
     return core.eval()
 
 def load_model(args):
-    """--model's config and, if that is not enough, the model. AssertionError: unusable."""
+    """Returns --model's config and, where needed, the model. Asserts that they are usable."""
     name, options = args.model.removeprefix("openai-community/"), dict(trust_remote_code=False)
     if name in GPT2_SIZES and not args.pretrained and not os.path.isdir(args.model):
         blocks, heads = GPT2_SIZES[name]
         return GPT2Config(n_layer=blocks, n_head=heads, n_embd=64 * heads), None
-    assert not os.path.exists(f"{args.model}/adapter_config.json"), "merge its adapter into it"
+    assert not os.path.exists(f"{args.model}/adapter_config.json"), "merge its PEFT adapter into it"
     config = AutoConfig.from_pretrained(args.model, **options)
     kind = config.model_type
     assert kind in MODEL_TYPES, f"it is {kind}, not one of {', '.join(MODEL_TYPES)}"
@@ -200,8 +200,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 class FPT(nn.Module):
     """Input layer, frozen transformer (the core), output layer.
 
-    inputs:    numbers in a token; if discrete, the size of the vocabulary, in which 0 is padding
-    outputs:   numbers in a prediction: classes, or 1 for a regression
+    inputs:    features of a token; if discrete, the size of the vocabulary, in which 0 is padding
+    outputs:   number of classes, or 1 for a regression
     time:      tokens in the longest example"""
     def __init__(self, args, inputs, outputs, time, discrete=False):
         super().__init__()
@@ -213,8 +213,8 @@ class FPT(nn.Module):
         with torch.no_grad():
             y = self.core(normal((1, min(60, positions), width), 0.1, 0, 0))
         self.fingerprint = y[0, [0, -1], :16].flatten().tolist()
-        # The output layer reads the last token of a causal core, as in the paper, because that
-        # token has seen all; of a core that looks both ways, and without blocks, the mean.
+        # With a causal core the output layer reads the last token, as in the paper, because it has
+        # seen all others; with a bidirectional core, or without blocks, the mean of all tokens.
         self.no_blocks = args.layers == 0
         rule = "last" if self.core.causal and not self.no_blocks else "mean"
         self.pool = rule if args.pool == "auto" else args.pool
@@ -235,7 +235,7 @@ class FPT(nn.Module):
                 p.data = p.data.to(PRECISIONS[args.amp])  # once, not by autocast at every step
         self.to(args.device).eval()  # also for training: no dropout anywhere
 
-    def named_parts(self):  # yields (parameter, one of PARTS); a later line overrides earlier ones
+    def named_parts(self):  # yields (parameter, one of PARTS); the last line that applies counts
         for name, module in self.named_modules():
             part = "attn" if "att" in name else "ff"
             part = "pos" if isinstance(module, nn.Embedding) else part
@@ -270,7 +270,7 @@ def accuracy(outputs, targets):
             "majority_accuracy": majority / len(targets)}
 
 def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy, metrics=accuracy):
-    """Train, keep the checkpoint of lowest validation loss, test it, return the log's last line.
+    """Train, test the checkpoint with the lowest validation loss, return the log's last line.
 
     batch(split, index int64 [n] on the CPU) -> tokens, lengths or None (see FPT.forward) and
         targets int64 [n], all on args.device
@@ -458,14 +458,14 @@ def load_checkpoint(path, model=None, checks=None):
     except Exception as error:  # no file, a broken one, another kind of file
         sys.exit(f"{path} is missing or not a checkpoint of fpt.py ({type(error).__name__})")
     if checks and checks != checkpoint["splits"]:
-        sys.exit(f"{path} has other data, in size or labels: {checkpoint['splits']}, not {checks}")
+        sys.exit(f"{path} was trained on other data: {checkpoint['splits']}, not {checks}")
     if model:
         # Relative differences: 1e-5 between processors or versions, over 1e-3 between cores.
         ours, theirs = np.array(model.fingerprint), np.array(checkpoint["fingerprint"])
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         if (names ^ set(checkpoint["trained"]) or ours.shape != theirs.shape
                 or not abs(ours - theirs).max() < 1e-3 * abs(theirs).mean()):
-            sys.exit(f"{path} belongs to another core, with other weights or another config")
+            sys.exit(f"{path} was trained with another core: its weights or its config differ")
         model.load_state_dict(checkpoint["trained"], strict=False)
     return checkpoint
 
@@ -505,7 +505,7 @@ def parse(parser, demo={}):
             (args.train != "all" and parts - set(PARTS), f"--train: all, or some of {PARTS}"),
             (args.layers == 0 and parts & {"attn", "ff"}, "--layers 0 leaves no attn or ff"),
             (args.init_std is not None and args.pretrained, "--init_std needs --pretrained 0"),
-            (args.resume and (args.eval or not args.out), "--resume 1 needs --out, and no --eval"),
+            (args.resume and (args.eval or not args.out), "--resume 1 needs --out, without --eval"),
             (args.predict == "" or args.predict and not args.eval, "--predict INPUT needs --eval"),
             ("RANK" in os.environ and unset, f"RANK is set, so torchrun should set {unset}, too"),
             (args.batch_size % WORLD, f"--batch_size: not a multiple of the {WORLD} processes"),
@@ -543,22 +543,22 @@ def flags(task, doc, **defaults):
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc, formatter_class=HelpFormatter)
     add, switch, path = parser.add_argument, dict(type=int, choices=[0, 1]), os.path.expanduser
     add("--model", type=path, default="gpt2", help="hub name or folder: " + ", ".join(MODEL_TYPES))
-    add("--pretrained", **switch, default=1, help="1: its weights; 0: random ones, the same blocks")
-    add("--layers", type=at_least(0), help="use the first blocks only; 0: none; None: all")
+    add("--pretrained", **switch, default=1, help="1: pretrained weights; 0: random weights")
+    add("--layers", type=at_least(0), help="keep only the first blocks; 0: no blocks; None: all")
     add("--init_std", type=at_least(0, float), help="std of random weights; None: 1/sqrt(width)")
     add("--train", default="in,out,ln,pos", help=f"all, or some of {','.join(PARTS)}")
     add("--pool", choices=["auto", "last", "mean"], default="auto",
-        help="which tokens the output layer reads; auto: last if the model is causal")
+        help="the output layer reads this token; auto: last if causal, with blocks; else mean")
     add("--steps", type=at_least(1), default=1000, help="gradient steps")
-    add("--batch_size", type=at_least(1), default=32, help="examples per forward pass, all GPUs")
+    add("--batch_size", type=at_least(1), default=32, help="examples per forward pass, on all GPUs")
     add("--accumulate", type=at_least(1), default=1, help="forward passes per gradient step")
     add("--lr", type=at_least(0, float), default=3e-3, help="peak learning rate of AdamW")
     add("--amp", choices=["auto", *PRECISIONS], default="auto", help="precision of matrix products")
     add("--compile", **switch, default=0, help="1: torch.compile the model")
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto: cuda if there is one")
-    add("--seed", type=at_least(0), default=0, help="of weights, order of the data, augmentation")
+    add("--seed", type=at_least(0), default=0, help="of the weights, data order and augmentation")
     add("--eval_every", type=at_least(1), default=250, help="steps between evaluations (and saves)")
-    add("--test", **switch, default=1, help="0: leave the test split unread")
+    add("--test", **switch, default=1, help="0: end with the validation split, not test")
     add("--data", type=path, default="data", help="folder of the data sets")
     add("--out", type=path, help="run folder; None: the first free runs/<task>, runs/<task>-2, ...")
     add("--resume", **switch, default=0, help="1: resume the run in --out")

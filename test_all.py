@@ -766,7 +766,7 @@ def test_each_demo_alone_learns_without_a_network_on_cuda_if_there_is_one(tmp_pa
 @pytest.mark.parametrize("script, argv, given, classes", [
     ("train_cifar", "--patch_size 16", "{0}/a.png", " ".join(train_cifar.CLASSES)),
     ("train_speech", "--tokens wave", "{0}/a.wav", "a b c d e f"),
-    ("train_cyp3a4", "--tokens atoms", "CC(=O)Nc1ccc(O)cc1", "inhibitor no"),
+    ("train_cyp3a4", "--tokens atoms", "CC(=O)Nc1ccc(O)cc1", "inhibitor not"),
     ("train_mnist_add", "--n 2", "{0}/a.png,{0}/a.png", " ".join(map(str, range(19))))])
 def test_a_script_trains_evaluates_and_predicts(script, argv, given, classes, tmp_path, capsys):
     argv, results = [*argv.split(), "--demo", 1, "--steps", 4, "--eval_every", 4], []

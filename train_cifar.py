@@ -16,7 +16,8 @@ CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of the training pixels, RGB
 
 parser = fpt.flags("cifar", __doc__, steps=2500, eval_every=850)
-parser.add_argument("--patch_size", type=int, choices=[1, 2, 4, 8, 16, 32], default=4, help="side")
+parser.add_argument("--patch_size", type=int, choices=[1, 2, 4, 8, 16, 32], default=4,
+                    help="side of a patch, in pixels")
 parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: shift and mirror")
 
 def load(args):
@@ -47,7 +48,7 @@ def augment(images):
     return images[example[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 def to_tokens(images, patch_size):
-    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches, numbers], the patches row by row."""
+    """uint8 [batch, 32, 32, 3] -> float32 [batch, patches, features], the patches row by row."""
     # non_blocking, so that the CPU does not wait for the GPU in every step.
     mean = torch.tensor(MEAN).to(images.device, non_blocking=True)
     std = torch.tensor(STD).to(images.device, non_blocking=True)

@@ -61,7 +61,7 @@ def main(args):
     ids = data.molecule_ids(args.predict, args.tokens)
     if ids is None or len(ids) > LONGEST[args.tokens]:
         sys.exit(f"RDKit cannot read {args.predict!r} as SMILES, or it is too long")
-    fpt.print_prediction(args, model, ["no inhibitor", "inhibitor"], ids[None])
+    fpt.print_prediction(args, model, ["not an inhibitor", "inhibitor"], ids[None])
 
 if __name__ == "__main__":
     fpt.run(parser, main, demo=dict(steps=50, eval_every=25))

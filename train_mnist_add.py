@@ -14,44 +14,46 @@ import fpt
 
 parser = fpt.flags("mnist_add", __doc__, steps=6000, batch_size=64, eval_every=1000)
 parser.add_argument("--n", type=fpt.at_least(1), default=2, help="digits to add")
-parser.add_argument("--loss", choices=["ce", "l1"], default="ce", help="classes, regression")
-parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: turn, scale, shift")
+parser.add_argument("--loss", choices=["ce", "l1"], default="ce", help="classify or regress")
+parser.add_argument("--augment", type=int, choices=[0, 1], default=1, help="1: rotate, scale, move")
 
 def load(args):
     """The data for fpt.fit(): batch(split, index), and the labels of each split, single digits."""
     splits = data.mnist(args.data, args.demo)
     labels = {split: y for split, (_, y) in splits.items()}
-    sums = {split: data.sum_indices(len(y), args.n).to(args.device) for split, y in labels.items()}
+    terms = {split: data.sum_indices(len(y), args.n).to(args.device) for split, y in labels.items()}
     splits = {split: (x.to(args.device), y.to(args.device)) for split, (x, y) in splits.items()}
 
     def batch(split, index):
         x, y = splits[split]
-        digits = sums[split][index.to(args.device, non_blocking=True)]
+        rows = terms[split][index.to(args.device, non_blocking=True)]  # of the digits, [batch, n]
         if split == "train":  # all but the first digit of a training sum are drawn each time
-            digits[:, 1:] = torch.randint(len(x), digits[:, 1:].shape, device=args.device)
-        images = x[digits].float()
+            rows[:, 1:] = torch.randint(len(x), rows[:, 1:].shape, device=args.device)
+        images = x[rows].float()
         if split == "train" and args.augment:
             images = augment(images)
-        return to_tokens(images), None, y[digits].sum(1)
+        return to_tokens(images), None, y[rows].sum(1)
     return batch, labels
 
 def augment(images):
-    """Turn each digit [batch, n, 28, 28] by up to 12 degrees, scale it by 15 %, shift 2 pixels."""
-    batch, n, side, _ = images.shape
-    random = torch.rand(4, batch * n, device=images.device) * 2 - 1
-    turn, scale, (x, y) = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
-    cosine, sine = turn.cos() * scale, turn.sin() * scale
+    """Rotate each digit [batch, n, 28, 28] by up to 12 degrees, scale it by up to 15 %, and shift
+    it by up to 2 pixels, at random."""
+    count, n, side, _ = images.shape
+    random = torch.rand(4, count * n, device=images.device) * 2 - 1
+    angle, scale, (x, y) = 0.21 * random[0], 1 + 0.15 * random[1], 2 / (side / 2) * random[2:]
+    cosine, sine = angle.cos() * scale, angle.sin() * scale
     matrices = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices, (batch * n, 1, side, side), align_corners=False)
+    grid = F.affine_grid(matrices, (count * n, 1, side, side), align_corners=False)
     images = images.view(-1, 1, side, side)
-    return F.grid_sample(images, grid, align_corners=False).view(batch, n, side, side)
+    return F.grid_sample(images, grid, align_corners=False).view(count, n, side, side)
 
 def to_tokens(images):
     """Pixels 0..255 [batch, n, 28, 28] -> float32 [batch, n, 784], mean 0, standard deviation 1."""
     return (images.flatten(2) / 255 - 0.1307) / 0.3081
 
 def main(args):
-    outputs = 9 * args.n + 1 if args.loss == "ce" else 1
+    classes = 9 * args.n + 1
+    outputs = classes if args.loss == "ce" else 1
     model = fpt.FPT(args, inputs=28 * 28, outputs=outputs, time=args.n)
     mean, std = 4.5 * args.n, 2.87 * args.n ** 0.5  # of the sums, which a regression standardises
     def loss_fn(outputs, targets):
@@ -60,8 +62,8 @@ def main(args):
         return F.l1_loss(outputs[:, 0], (targets - mean) / std)
     def metrics(outputs, targets):
         if args.loss == "l1":  # round to a sum, as a classifier would
-            sums = (outputs[:, 0] * std + mean).nan_to_num().round().clamp(0, 9 * args.n)
-            outputs = F.one_hot(sums.long(), 9 * args.n + 1)
+            sums = (outputs[:, 0] * std + mean).nan_to_num().round().clamp(0, classes - 1)
+            outputs = F.one_hot(sums.long(), classes)
         error = (outputs.argmax(1) - targets).abs().float()
         return fpt.accuracy(outputs, targets) | {"mae": error.mean()}
     if not args.predict:
@@ -69,7 +71,7 @@ def main(args):
     images = [data.read_image(path, "L", 28, ground=0) for path in args.predict.split(",")]
     if len(images) != args.n or args.loss == "l1":
         parser.error(f"--predict needs {args.n} images (--n), and a checkpoint of --loss ce")
-    fpt.print_prediction(args, model, range(outputs), to_tokens(torch.stack(images)[None]))
+    fpt.print_prediction(args, model, range(classes), to_tokens(torch.stack(images)[None]))
 
 if __name__ == "__main__":
     fpt.run(parser, main, demo=dict(n=1, steps=60, eval_every=30, augment=0))

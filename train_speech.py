@@ -1,4 +1,4 @@
-"""Speech Commands v0.02: one second of speech, one of 35 words. A token is 20 ms of sound.
+"""Speech Commands v0.02: one second of speech, one of 35 words. A token is a frame, every 20 ms.
 
     python train_speech.py                              # pretrained GPT-2, frozen
     python train_speech.py --pretrained 0               # random weights, frozen
@@ -53,8 +53,8 @@ def augment(waves):
     return waves.gather(1, (shift + torch.arange(samples, device=waves.device)) % samples)
 
 def to_tokens(waves, kind):
-    """int16 [batch, 16000] -> float32 [batch, time, 80]. mel: 80 log-mel energies every 20 ms.
-    wave: 80 samples at 8 kHz. Each clip is standardised: loudness does not reveal the word."""
+    """int16 [batch, 16000] -> float32 [batch, time, 80]. mel: 80 log-mel energies of 40 ms frames,
+    20 ms apart. wave: 80 samples at 8 kHz. Each clip is standardised: loudness is irrelevant."""
     waves = waves / 32768
     if kind == "mel":
         features = (MEL.to(waves.device)(waves) + 1e-6).log().transpose(1, 2)
