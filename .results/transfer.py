@@ -258,8 +258,8 @@ def read_test(args, done):
 def array_name(run):  # the same for the five seeds
     return f"{run.panel}/{run.condition}/{run.lr}"
 
-def means(values):  # [seeds, examples] -> [seeds + examples]
-    return np.concatenate([values.mean(1), values.mean(0)])
+def means(values):  # [seeds, examples] -> [seeds + examples]; rounded, the file is smaller
+    return np.concatenate([values.mean(1), values.mean(0).round(3)])
 
 def groups(task, labels, folder):
     """Which test examples belong together, int16 [examples]: the clips of a speaker, the molecules
