@@ -548,7 +548,7 @@ def flags(task, doc, **defaults):
     add("--init_std", type=at_least(0, float), help="std of random weights; None: 1/sqrt(width)")
     add("--train", default="in,out,ln,pos", help=f"all, or some of {','.join(PARTS)}")
     add("--pool", choices=["auto", "last", "mean"], default="auto",
-        help="what the output layer reads; auto: the last token if causal, else their mean")
+        help="what the output layer reads; auto: last token if causal with blocks, else mean")
     add("--steps", type=at_least(1), default=1000, help="gradient steps")
     add("--batch_size", type=at_least(1), default=32, help="examples per forward pass, on all GPUs")
     add("--accumulate", type=at_least(1), default=1, help="forward passes per gradient step")
