@@ -446,8 +446,7 @@ def open_log(args, size):
             sys.exit(f"--out {out} holds a run. --resume 1 resumes it, unless it is still running")
 
 def save(checkpoint, path):  # atomic write: a kill leaves the old file or the new one, whole
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(checkpoint, file)
+    torch.save(checkpoint, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 def load_checkpoint(path, model=None, checks=None):
@@ -517,7 +516,8 @@ def parse(parser, demo={}):
         torch.cuda.set_device(args.device)
     if args.amp == "auto" and args.device == "cpu":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.11
-        args.amp = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
+        fast = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
+        args.amp = "bf16" if cpu.get(fast) else "fp32"  # Intel's avx512_bf16 is slower than fp32
     elif args.amp == "auto":  # a T4 emulates bf16, many times slower than its fp16
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if args.wandb and RANK == 0 and not args.eval:

@@ -233,11 +233,10 @@ def test_gpt2_with_its_own_weights():
     model, tokens = core("openai-community/gpt2"), torch.randn(8, 3, 4)
     expected = theirs(inputs_embeds=model.input(tokens)).last_hidden_state[:, -1]
     torch.testing.assert_close(model(tokens), model.output(expected), rtol=1e-4, atol=1e-3)
-    loss_fn, targets = nn.CrossEntropyLoss(), torch.arange(8) % 3
-    before = loss_fn(model(tokens), targets)
+    before = F.cross_entropy(model(tokens), targets := torch.arange(8) % 3)
     before.backward()
     fpt.adamw(parse("--lr", 1e-3), model).step()
-    assert loss_fn(model(tokens), targets) < before
+    assert F.cross_entropy(model(tokens), targets) < before
 
 @pytest.mark.parametrize("kind", fpt.TEXT + fpt.STACKS)
 def test_another_core_computes_what_transformers_computes(kind):
@@ -432,8 +431,7 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path, amp
     while kills > 0:
         out, code = tmp_path / f"killed-{kills}", -9
         while code:
-            resume = int((out / "last.pt").exists())
-            process = start(*argv, "--out", out, "--resume", resume)
+            process = start(*argv, "--out", out, "--resume", int((out / "last.pt").exists()))
             process.join(random.uniform(0, seconds / 2))
             process.kill()
             process.join()
@@ -540,6 +538,11 @@ def test_half_an_environment_of_torchrun_is_refused(world, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", world) if world else None
     assert refused("MASTER_ADDR", toy, "--out", tmp_path) == 2
 
+@pytest.mark.parametrize("cpu, amp", [("Intel Xeon", "fp32"), ("AMD EPYC", "bf16")])
+def test_a_cpu_trains_in_bf16_if_that_is_faster(cpu, amp, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(cpu_name=cpu, avx512_bf16=1))
+    assert parse("--amp", "auto").amp == amp
+
 def test_the_arguments_of_a_notebook_are_ignored():
     for launcher in "ipykernel_launcher.py", "ipykernel/__main__.py", "colab_kernel_launcher.py":
         parser, sys.argv = toy_parser(), [f"/somewhere/{launcher}", "-f", "kernel-1.json"]
@@ -605,13 +608,11 @@ def test_mnist_from_its_files(tmp_path, monkeypatch, capsys):
     put(tmp_path, idx())
     splits = data.mnist(tmp_path)
     assert [len(y) for _, y in splits.values()] == [22, 2, 20]
-    assert splits["test"][1].tolist() == LABELS.tolist()
-    assert torch.equal(splits["test"][0], torch.tensor(DIGITS[:20]))
+    assert all(map(torch.equal, splits["test"], map(torch.tensor, (DIGITS[:20], LABELS))))
     assert "not the original MNIST" in capsys.readouterr().out
     content = b"".join(file[16 if "images" in name else 8:] for name, file in idx().items())
     monkeypatch.setattr(data, "MNIST_SHA256", hashlib.sha256(content).hexdigest())
-    data.mnist(tmp_path)
-    assert not capsys.readouterr().out
+    assert data.mnist(tmp_path) and not capsys.readouterr().out
 
 def test_speech_commands_from_its_archive(tmp_path):
     hidden = "_background_noise_/hum.wav", ".git/hum.wav", "no/._s0_nohash_0.wav", "empty/a.txt"
@@ -682,8 +683,7 @@ def test_the_cache_of_speech_depends_on_the_clips_and_the_version(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(wave, "open", lambda *_: pytest.fail("decoded again"))
         assert_same(first, data.speech_commands(tmp_path))
-    name = next(name for name in clips() if "a/s5" in name)
-    put(tmp_path, {name: wav(np.full(13500, 5))})  # another clip of the same size
+    put(tmp_path / f"SpeechCommands/{ARCHIVE}/a", {"s5_nohash_0.wav": wav(np.full(13500, 5))})
     assert data.speech_commands(tmp_path)["test"][0][0, 0] == 5
     monkeypatch.setattr(data, "CACHE_VERSION", -1)
     data.speech_commands(tmp_path)
