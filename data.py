@@ -62,7 +62,7 @@ def cifar10(folder, demo=False):
     (images uint8 [n, 32, 32, 3], labels int64 [n] in 0..9): 45,000, 5,000 and 10,000 images. If
     there is a cifar10.npz (train_x, train_y, test_x, test_y), it is read instead."""
     from torchvision.datasets import CIFAR10
-    if demo:
+    if demo:  # 176: demo_splits() adds noise below 80, and uint8 ends at 255
         return demo_splits(np.random.default_rng(0).integers(176, size=(10, 32, 32, 3)), np.uint8)
     path = Path(folder) / "cifar10.npz"
     if path.exists():

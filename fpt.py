@@ -88,7 +88,7 @@ class Adapter(nn.Module):
     """A model of the transformers library, called as GPT2 is.
 
     A text model takes our vectors as inputs_embeds. From others we take blocks and final norm. New
-    positions, zero at first, replace an image model's, and rotary ones if there are no blocks."""
+    positions, zero at first, replace an image model's; without blocks, also rotary ones."""
     def __init__(self, model, layers):
         super().__init__()
         config, whisper = model.config, model.config.model_type == "whisper"
@@ -132,8 +132,8 @@ GPT2_SIZES = {"distilgpt2": (6, 12), "gpt2": (12, 12), "gpt2-medium": (24, 16),
               "gpt2-large": (36, 20), "gpt2-xl": (48, 25)}
 
 def normal(shape, std, seed, stream):
-    """Normal random numbers, a stream of the seed for each weight. A checkpoint leaves the frozen
-    weights out, so every device must draw the same: NumPy does, torch does not."""
+    """Normal random numbers, one stream per weight. A checkpoint leaves the frozen weights out, so
+    every device must draw the same ones: NumPy does, torch does not."""
     numbers = np.random.default_rng([seed, stream]).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(numbers * np.float32(std))
 
@@ -289,7 +289,7 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
     # Optimizer, order of the data.
     optimizer = adamw(args, model)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
-    order = data.batches(len(labels["train"]), batch_size, args.seed, train_lengths)
+    indices = data.batches(len(labels["train"]), batch_size, args.seed, train_lengths)
     net = torch.compile(model) if args.compile else model  # evaluation uses model, not compiled
     net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
 
@@ -301,8 +301,8 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
         last = load_checkpoint(f"{args.out}/last.pt", model, checks)
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-        order = itertools.islice(order, last["step"] * args.accumulate, None)
-    log, wandb = open_log(args, last["log_size"]) if RANK == 0 else None, None
+        indices = itertools.islice(indices, last["step"] * args.accumulate, None)
+    log, wandb = (open_log(args, last["log_size"]) if RANK == 0 else None), None
     if RANK == 0 and args.wandb:  # the id is a flag, so a resumed run has the same
         import wandb
         wandb.init(project=args.wandb, id=args.wandb_id, resume="allow", config=flags, dir=args.out)
@@ -317,7 +317,7 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
             group["lr"] = learning_rate(args, step)
         for _ in range(args.accumulate):
             # Under torchrun, each process takes its share of the batch.
-            tokens, lengths, targets = batch("train", next(order)[RANK::WORLD])
+            tokens, lengths, targets = batch("train", next(indices)[RANK::WORLD])
             with model.autocast:
                 outputs = net(tokens, lengths)
                 loss = loss_fn(outputs, targets)
@@ -333,7 +333,7 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
         # Evaluate. The other processes wait for process 0 in their next backward pass.
         if step % args.eval_every and step != args.steps:
             continue
-        losses, outputs, targets = map(torch.cat, zip(*history))  # since the last evaluation
+        losses, outputs, targets = map(torch.cat, zip(*history))  # as augmented, since the last row
         train_accuracy = metrics(outputs, targets)["accuracy"].item()
         history, end = [], time.time()
         if RANK > 0:
@@ -371,10 +371,11 @@ def fit(args, model, batch, labels, train_lengths=None, loss_fn=F.cross_entropy,
 
 def adamw(args, model):
     """AdamW on what is trained. Matrices decay; norms, biases and positions do not."""
-    groups = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.01)]
+    matrices, others = [], []
     for p, part in model.named_parts():
         if p.requires_grad:
-            groups[p.ndim >= 2 and part != "pos"]["params"].append(p)
+            (matrices if p.ndim >= 2 and part != "pos" else others).append(p)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.01}]
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 def learning_rate(args, step):
@@ -386,8 +387,8 @@ def learning_rate(args, step):
 @torch.no_grad()
 def evaluate(args, model, batch, split, checks, loss_fn, metrics):
     """{"<split>_loss": ..., "<split>_accuracy": ..., ...} over all examples of a split."""
-    order, results = torch.arange(checks[split][0]), []
-    for index in tqdm(order.split(4 * args.batch_size), split, leave=False):  # larger: no gradients
+    indices, results = torch.arange(checks[split][0]).split(4 * args.batch_size), []
+    for index in tqdm(indices, split, leave=False):  # larger batches: no gradients
         tokens, lengths, targets = batch(split, index)
         with model.autocast:
             results.append((model(tokens, lengths), targets))
@@ -484,8 +485,7 @@ def run(parser, main, demo={}):
 def parse(parser, demo={}):
     """The command line. With --resume or --eval the flags of the checkpoint are the defaults, and
     those that would change the run or the model cannot be overridden."""
-    notebook = re.search("ipykernel|kernel_launcher", sys.argv[0])  # its arguments are not ours
-    argv = [] if notebook else sys.argv[1:]
+    argv = [] if re.search("ipykernel|kernel_launcher", sys.argv[0]) else sys.argv[1:]  # notebook
     args = parser.parse_args(argv)
     path = f"{args.out}/last.pt" if args.resume and args.out else args.eval
     saved = load_checkpoint(path)["flags"] if path is not None else {}

@@ -53,18 +53,19 @@ def to_tokens(images, patch_size):
     mean = torch.tensor(MEAN).to(images.device, non_blocking=True)
     std = torch.tensor(STD).to(images.device, non_blocking=True)
     pixels = (images / 255 - mean) / std
-    count, side = len(pixels), 32 // patch_size
+    count, n = len(pixels), 32 // patch_size  # n x n patches
     # [image, row, y, column, x, colour] -> [image, row, column, y, x, colour]
-    grid = pixels.view(count, side, patch_size, side, patch_size, 3).transpose(2, 3)
-    return grid.reshape(count, side * side, patch_size * patch_size * 3)
+    grid = pixels.view(count, n, patch_size, n, patch_size, 3).transpose(2, 3)
+    return grid.reshape(count, n * n, patch_size * patch_size * 3)
 
 def main(args):
-    side = args.patch_size
-    model = fpt.FPT(args, inputs=3 * side * side, outputs=10, time=(32 // side) ** 2)
+    size = args.patch_size
+    model = fpt.FPT(args, inputs=3 * size * size, outputs=10, time=(32 // size) ** 2)
     if not args.predict:
-        return fpt.fit(args, model, *load(args))
+        batch, labels = load(args)
+        return fpt.fit(args, model, batch, labels)
     image = data.read_image(args.predict, "RGB", 32, ground=255)
-    fpt.print_prediction(args, model, CLASSES, to_tokens(image[None], side))
+    fpt.print_prediction(args, model, CLASSES, to_tokens(image[None], size))
 
 if __name__ == "__main__":
     fpt.run(parser, main, demo=dict(steps=60, eval_every=30, patch_size=8, augment=0))

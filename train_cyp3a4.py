@@ -57,7 +57,8 @@ def metrics(outputs, targets):
 def main(args):
     model = fpt.FPT(args, IDS[args.tokens], outputs=2, time=LONGEST[args.tokens], discrete=True)
     if not args.predict:
-        return fpt.fit(args, model, *load(args), metrics=metrics)
+        batch, labels, lengths = load(args)
+        return fpt.fit(args, model, batch, labels, lengths, metrics=metrics)
     ids = data.molecule_ids(args.predict, args.tokens)
     if ids is None or len(ids) > LONGEST[args.tokens]:
         sys.exit(f"RDKit cannot read {args.predict!r} as SMILES, or it is too long")

@@ -67,7 +67,8 @@ def main(args):
         error = (outputs.argmax(1) - targets).abs().float()
         return fpt.accuracy(outputs, targets) | {"mae": error.mean()}
     if not args.predict:
-        return fpt.fit(args, model, *load(args), loss_fn=loss_fn, metrics=metrics)
+        batch, labels = load(args)
+        return fpt.fit(args, model, batch, labels, loss_fn=loss_fn, metrics=metrics)
     images = [data.read_image(path, "L", 28, ground=0) for path in args.predict.split(",")]
     if len(images) != args.n or args.loss == "l1":
         parser.error(f"--predict needs {args.n} images (--n), and a checkpoint of --loss ce")

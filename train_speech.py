@@ -63,10 +63,11 @@ def to_tokens(waves, kind):
     return F.layer_norm(features, features.shape[1:], eps=1e-10)  # below a quiet clip's variance
 
 def main(args):
-    batch_and_labels = None if args.predict else load(args)  # first, as it sets args.words
+    if not args.predict:
+        batch, labels = load(args)  # first, as it sets args.words
     model = fpt.FPT(args, inputs=80, outputs=len(args.words), time=TIMES[args.tokens])
     if not args.predict:
-        return fpt.fit(args, model, *batch_and_labels)
+        return fpt.fit(args, model, batch, labels)
     wave = torch.tensor(data.read_wav(args.predict))  # only the first second is used
     fpt.print_prediction(args, model, args.words, to_tokens(wave[None], args.tokens))
 

@@ -197,14 +197,15 @@ def verdict_h(home, away, result):
 
 def probe_table():
     lines = [json.loads(text) for text in PROBE.read_text().splitlines()]
-    row("SmolLM2, speech", "a block adds, before", "after training", "entropy, before", "after")
-    row("---", "---:", "---:", "---:", "---:")
-    for condition in CONDITIONS[1:]:
-        cells = [[line[name] for line in lines
-                  if line["condition"] == condition and line["trained"] == trained]
-                 for name in ("added", "entropy") for trained in (0, 1)]
-        if all(cells):
-            row(condition, *(f"{np.mean(cell):.2f}" for cell in cells))
+    row("SmolLM2, speech: before; after training", *CONDITIONS[1:])
+    row("---", *["---:"] * len(CONDITIONS[1:]))
+    for title, name, blocks in (("a block adds", "added", slice(0, 6)),
+                                ("without the first", "added", slice(1, 6)),
+                                ("entropy", "entropy", slice(0, 6))):
+        means = [[np.mean([line[name][blocks] for line in lines
+                           if line["condition"] == condition and line["trained"] == trained])
+                  for trained in (0, 1)] for condition in CONDITIONS[1:]]
+        row(title, *(f"{before:.2f}; {after:.2f}" for before, after in means))
 
 # ---- Figure --------------------------------------------------------------------------------------
 def draw():

@@ -45,7 +45,7 @@ TASKS = {"sums": ("train_mnist_add.py --n 2", 2000), "smiles": ("train_cyp3a4.py
          "speech": ("train_speech.py", 600), "cifar": ("train_cifar.py", 600)}
 POOL = dict.fromkeys(["smollm2-speech", "smollm2-cifar"], "mean")  # chosen by a check, see design
 COMPILED = "smollm2-speech", "smollm2-cifar", "dinov2-cifar"  # to save time
-FP32 = "whisper-speech",  # bf16 takes twice as long on a processor without AMX
+FP32 = "whisper-speech", "smollm2-cifar"  # bf16 takes twice as long on a CPU without AMX
 LAYERS = 6  # Whisper's encoder has no more
 CONDITIONS = ("no blocks", "random", "scaled", "shuffled", "pretrained")
 DRAWN = ("scaled", "shuffled")  # their matrices, for every seed
