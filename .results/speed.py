@@ -164,7 +164,7 @@ def main():
             pipes[name].send(steps)
             seconds[name].append(pipes[name].recv())
 
-    # Every frozen matrix is used twice, forward and backward: 2 FLOP an entry and a token each time.
+    # Every frozen matrix is used twice, forward and backward: 2 FLOP per entry and token each.
     layers, heads = SIZES[args.model]
     work = 4 * layers * 12 * (64 * heads) ** 2 * args.batch_size * args.tokens / 1e12
     rate = matmul_rate(args, fpt.PRECISIONS[args.amp])
