@@ -197,7 +197,7 @@ def train(run, args):
         line = run._asdict() | {name: result.get(name) for name in names} | {
             "train_seconds": seconds, "device": device(),
             "date": time.strftime("%Y-%m-%d"), "command": command(run),
-            "commit": subprocess.getoutput("git rev-parse --short HEAD")}
+            "commit": subprocess.getoutput("git describe --always --dirty")}
         # Intervals do not cover differences between machines. A diverged run has no precision.
         machines = {(one["amp"], one["device"]) for one in (*finished().values(), line)
                     if one["panel"] == run.panel and one["seed"] in SEEDS and one["amp"]}
