@@ -127,7 +127,8 @@ def tune(panel, condition, done, is_final=True, low=2, high=5):
     return best_of(RATES[max(0, best - 1):best + 1], steps)
 
 def full_runs(panel, condition, done, is_final=True):
-    """The five runs that count, or [] while their learning rate is not known."""
+    """The five runs that count, or [] while their learning rate is not known. If not is_final,
+    those with the rate that was best at a quarter of the steps, as first registered."""
     lr, steps = tune(panel, condition, done, is_final)[1], TASKS[PANELS[panel][1]][1]
     return [Run(panel, condition, lr, seed, steps) for seed in SEEDS] if lr else []
 
@@ -145,7 +146,8 @@ def missing_runs(args, done):
     runs = []
     for panel in args.panels:
         for condition in CONDITIONS:
-            runs += tune(panel, condition, done)[0] or full_runs(panel, condition, done)
+            runs += tune(panel, condition, done)[0] or (
+                full_runs(panel, condition, done) + full_runs(panel, condition, done, False))
         runs += [equal_time_run(panel, done)] * args.equal_time
     return [run for run in runs if run and run not in done]
 
@@ -229,8 +231,8 @@ def read_test(args, done):
     answers (1, not 0), float32 [seeds + examples]: the mean of each seed over the examples, then
     that of each example over the seeds. Figures need no more."""
     arrays = dict(np.load(ARRAYS)) if ARRAYS.exists() else {}
-    for panel, condition in itertools.product(args.panels, CONDITIONS):
-        runs = full_runs(panel, condition, done)
+    for panel, condition, is_final in itertools.product(args.panels, CONDITIONS, (True, False)):
+        runs = full_runs(panel, condition, done, is_final)
         if not runs or any(run not in done for run in runs):
             continue
         name = array_name(runs[0])
@@ -253,7 +255,7 @@ def read_test(args, done):
         temporary = ARRAYS.with_name("unfinished.npz")
         np.savez_compressed(temporary, **arrays)
         temporary.rename(ARRAYS)
-        print(time.strftime("%H:%M"), panel, condition, "is read", flush=True)
+        print(time.strftime("%H:%M"), name, "is read", flush=True)
 
 def array_name(run):  # the same for the five seeds
     return f"{run.panel}/{run.condition}/{run.lr}"
