@@ -102,39 +102,44 @@ def row(*cells):
 
 # ---- Tables --------------------------------------------------------------------------------------
 def main_table():
-    row("panel", "condition", "learning rate", "validation loss", "test loss", "test accuracy, %",
-        "seconds of training")
-    row("---", "---", "---:", "---:", "---:", "---:", "---:")
+    """Loss, accuracy in % and learning rate: of the test sets, or of validation until they are
+    read."""
+    row("validation" if UNREAD else "test", *CONDITIONS)
+    row("---", *["---:"] * len(CONDITIONS))
     for panel, (_, task) in PANELS.items():
+        cells = []
         for condition in CONDITIONS:
             lines = [DONE[run] for run in five_runs(panel, condition)]
             if not lines:
-                continue
-            end = " (end of the grid)" if lines[0]["lr"] in (RATES[0], RATES[-1]) else ""
-            loss = np.mean([validation_loss(line) for line in lines])
-            seconds = np.mean([line["train_seconds"] or math.nan for line in lines])
-            cells = ["", ""]
-            if not UNREAD:
-                cells = [Mean(values(panel, condition, "loss"), task).text(sign=""),
-                         Mean(values(panel, condition, "correct"), task).text(100, 1, "")]
-            row(panel, condition, lines[0]["lr"] + end, f"{loss:.3f}", *cells, f"{seconds:.0f}")
+                cells.append("")
+            elif UNREAD:
+                loss = np.mean([validation_loss(line) for line in lines])
+                accuracy = np.mean([line["validation_accuracy"] or math.nan for line in lines])
+                cells.append(f"{loss:.3f}, {100 * accuracy:.1f}, {lines[0]['lr']}")
+            else:
+                loss, accuracy = (Mean(values(panel, condition, name), task)
+                                  for name in ("loss", "correct"))
+                cells.append(f"{loss.mean:.3f}, {accuracy.text(100, 1, '')}, {lines[0]['lr']}")
+        row(panel, *cells)
 
 def pretraining():
-    """Pretrained and the other conditions. Of these, T, R and H use scaled and shuffled. Returns
-    {panel: (the largest p, 1 if pretrained is not better; the smallest gain in points; whether it
-    beats both)}."""
-    result = {}
-    row("pretrained minus ...", "test loss", "test accuracy, points", "p, loss", "p, accuracy", "")
-    row("---", "---:", "---:", "---:", "---:", "---")
+    """Pretrained minus the others; of these, T, R and H use scaled and shuffled. Bold: it beats or
+    is beaten. Returns {panel: (the largest p, 1 if pretrained is not better; the smallest gain in
+    points; whether it beats both)}."""
+    result, others = {}, CONDITIONS[:-1]
+    row("pretrained minus ...: test loss, points", *others, "scaled minus random")
+    row("---", *["---:"] * (len(others) + 1))
     for panel in PANELS:
-        p, gain, better = 0.0, math.inf, []
-        for other in CONDITIONS[:-1]:
-            loss, accuracy = contrast(panel, "pretrained", other)
-            row(f"{panel}: {other}", loss.text(), accuracy.text(100, 1), f"{loss.p():.2g}",
-                f"{accuracy.p():.2g}", "beats" if is_better(loss, accuracy) else "")
-            if other in DRAWN:
+        p, gain, better, cells = 0.0, math.inf, [], []
+        for pair in *(("pretrained", other) for other in others), ("scaled", "random"):
+            loss, accuracy = contrast(panel, *pair)
+            cell = f"{loss.text()}, {accuracy.text(100, 1)}"
+            is_clear = is_better(loss, accuracy) or is_better(accuracy, loss)
+            cells.append(f"**{cell}**" if is_clear else cell)
+            if pair in (("pretrained", drawn) for drawn in DRAWN):
                 p, gain = max(p, loss.p(), accuracy.p()), min(gain, 100 * accuracy.mean)
                 better.append(is_better(loss, accuracy))
+        row(panel, *cells)
         result[panel] = (p if all(better) else 1.0), gain, all(better)
     return result
 
