@@ -15,8 +15,8 @@ import numpy as np
 from scipy import optimize, stats
 
 from transfer import ARRAYS as ARRAYS_FILE
-from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, RATES, SEEDS, array_name, equal_time_run,
-                      finished, full_runs, validation_loss)
+from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, SEEDS, array_name, equal_time_run, finished,
+                      full_runs, validation_loss)
 
 # In the order of the figure: below a task of SmolLM2 is the control at home.
 TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "SmolLM2: speech",
