@@ -18,10 +18,14 @@ from transfer import ARRAYS as ARRAYS_FILE
 from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, SEEDS, array_name, equal_time_run, finished,
                       full_runs, validation_loss)
 
-# In the order of the figure: below a task of SmolLM2 is the control at home.
-TITLES = {"smollm2-sums": "SmolLM2: sums of two digits", "smollm2-speech": "SmolLM2: speech",
-          "smollm2-cifar": "SmolLM2: CIFAR-10", "smollm2-smiles": "SmolLM2: molecules (SMILES)",
-          "whisper-speech": "Whisper, at home: speech", "dinov2-cifar": "DINOv2, at home: CIFAR-10"}
+# In the order of the figure, with what the core was pretrained on. Below speech and CIFAR-10 is the
+# core for which that is no other modality.
+TITLES = {"smollm2-sums": "SmolLM2 (text): sums of digits",
+          "smollm2-speech": "SmolLM2 (text): speech",
+          "smollm2-cifar": "SmolLM2 (text): CIFAR-10",
+          "smollm2-smiles": "SmolLM2 (text): molecules",
+          "whisper-speech": "Whisper (speech): speech",
+          "dinov2-cifar": "DINOv2 (images): CIFAR-10"}
 COLOURS = dict(zip(CONDITIONS, ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#009E73")))
 SHARE_LIMIT = 1e3  # an end of Fieller's interval beyond it counts as infinite
 # "<task>/majority": the accuracy of always predicting the majority class; "<task>/groups": int
