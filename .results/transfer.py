@@ -243,6 +243,7 @@ def read_test(args, done):
             continue
         losses, correct = [], []  # of each seed
         for run in runs:
+            make_core(run, args.cores)
             flags, model, batch, labels = build(run, args)
             both = []
             fpt.evaluate(flags, model, batch, "test", {"test": [len(labels["test"])]},
