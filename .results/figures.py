@@ -127,15 +127,17 @@ def main_table():
         row(panel, *cells)
 
 def pretraining():
-    """Pretrained minus the others; of these, T, R and H use scaled and shuffled. Bold: it beats or
-    is beaten. Returns {panel: (the largest p, 1 if pretrained is not better; the smallest gain in
-    points; whether it beats both)}."""
-    result, others = {}, CONDITIONS[:-1]
-    row("pretrained minus ...: test loss, points", *others, "scaled minus random")
-    row("---", *["---:"] * (len(others) + 1))
+    """Differences between conditions; T, R and H use pretrained minus scaled and shuffled. Bold:
+    one beats the other. Returns {panel: (the largest p, 1 if pretrained is not better; the smallest
+    gain in points; whether it beats both)}."""
+    pairs = [*(("pretrained", other) for other in CONDITIONS[:-1]), ("scaled", "random"),
+             ("random", "no blocks"), ("shuffled", "no blocks")]
+    result = {}
+    row("test loss, points", *map(" minus ".join, pairs))
+    row("---", *["---:"] * len(pairs))
     for panel in PANELS:
         p, gain, better, cells = 0.0, math.inf, [], []
-        for pair in *(("pretrained", other) for other in others), ("scaled", "random"):
+        for pair in pairs:
             loss, accuracy = contrast(panel, *pair)
             cell = f"{loss.text()}, {accuracy.text(100, 1)}"
             is_clear = is_better(loss, accuracy) or is_better(accuracy, loss)

@@ -216,6 +216,7 @@ def train(run, args):
 # ---- After training ------------------------------------------------------------------------------
 def build(run, args, is_trained=True):
     """A run's model and data, which the main() of its script gives to fpt.fit()."""
+    make_core(run, args.cores)
     script, *words = command(run, args.cores).split()
     if is_trained:  # the other flags come from the checkpoint
         words = ["--model", str(core_folder(run, args.cores)),
@@ -243,7 +244,6 @@ def read_test(args, done):
             continue
         losses, correct = [], []  # of each seed
         for run in runs:
-            make_core(run, args.cores)
             flags, model, batch, labels = build(run, args)
             both = []
             fpt.evaluate(flags, model, batch, "test", {"test": [len(labels["test"])]},
@@ -299,7 +299,6 @@ def probe(args, done):
     the tokens it may see. Means over tokens and heads, for each block; the table averages."""
     for condition in CONDITIONS[1:]:
         for run in full_runs("smollm2-speech", condition, done):
-            make_core(run, args.cores)
             for is_trained in 0, 1:
                 _, model, batch, labels = build(run, args, is_trained)
                 added, entropy = [], []
