@@ -129,8 +129,6 @@ def tune(panel, condition, done, is_final=True, low=2, high=5):
 def full_runs(panel, condition, done, is_final=True):
     """The five runs that count, or [] while their learning rate is not known. If not is_final,
     those with the rate that was best at a quarter of the steps, as first registered."""
-    if (panel, condition) == ("smollm2-cifar", "shuffled"):
-        is_final = True  # at 3e-2 it was not run: see "Changes" in README.md
     lr, steps = tune(panel, condition, done, is_final)[1], TASKS[PANELS[panel][1]][1]
     return [Run(panel, condition, lr, seed, steps) for seed in SEEDS] if lr else []
 
