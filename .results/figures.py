@@ -1,10 +1,7 @@
-"""Tables, verdicts and figure of transfer.py, from the committed files alone.
+"""Tables, verdicts and figure of transfer.py, from the committed files alone. From the top folder:
 
     python .results/figures.py          # prints markdown, writes .results/transfer.svg
-    python .results/figures.py --first  # no figure; learning rates as first registered
-
-Until the test sets of all panels are read, only validation is shown, so that no test result can
-change what is still to be run."""
+    python .results/figures.py --first  # no figure; learning rates as first registered"""
 import json
 import math
 import sys
@@ -14,12 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import optimize, stats
 
+from probe import PROBE
 from transfer import ARRAYS as ARRAYS_FILE
-from transfer import (CONDITIONS, DRAWN, PANELS, PROBE, SEEDS, array_name, equal_time_run, finished,
-                      full_runs, validation_loss)
+from transfer import (CONDITIONS, DRAWN, PANELS, SEEDS, array_name, equal_time_run, finished,
+                      full_runs)
 
 # In the order of the figure, with what the core was pretrained on. Below speech and CIFAR-10 is the
-# core for which that is no other modality.
+# core pretrained on that modality.
 TITLES = {"smollm2-sums": "SmolLM2 (text): sums of digits",
           "smollm2-speech": "SmolLM2 (text): speech",
           "smollm2-cifar": "SmolLM2 (text): CIFAR-10",
@@ -27,30 +25,19 @@ TITLES = {"smollm2-sums": "SmolLM2 (text): sums of digits",
           "whisper-speech": "Whisper (speech): speech",
           "dinov2-cifar": "DINOv2 (images): CIFAR-10"}
 COLOURS = dict(zip(CONDITIONS, ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#009E73")))
-SHARE_LIMIT = 1e3  # an end of Fieller's interval beyond it counts as infinite
 # "<task>/majority": the accuracy of always predicting the majority class; "<task>/groups": int
 # [test examples], the same for what belongs together; and what values() returns.
-ARRAYS = dict(np.load(ARRAYS_FILE)) if ARRAYS_FILE.exists() else {}
+ARRAYS = dict(np.load(ARRAYS_FILE))
 DONE, FIRST = finished(), "--first" in sys.argv
 
-def five_runs(panel, condition, is_final=not FIRST):
-    """The runs of the five seeds, or [] if some are missing."""
-    runs = full_runs(panel, condition, DONE, is_final)
-    return runs if all(run in DONE for run in runs) else []
+def five_runs(panel, condition):
+    return full_runs(panel, condition, DONE, not FIRST)
 
 def values(panel, condition, name):
     """name: "loss" or "correct" -> float64 [seeds + test examples], the means of each"""
-    runs = five_runs(panel, condition)
-    array = ARRAYS[f"{array_name(runs[0])}/{name}"].astype(float)
+    array = ARRAYS[f"{array_name(five_runs(panel, condition)[0])}/{name}"].astype(float)
     assert abs(array[:len(SEEDS)].mean() - array[len(SEEDS):].mean()) < 1e-3
     return array
-
-def is_read(panel, condition):  # with both learning rates, the chosen and the registered one
-    both = [five_runs(panel, condition, is_final) for is_final in (True, False)]
-    return all(runs and f"{array_name(runs[0])}/loss" in ARRAYS for runs in both)
-
-UNREAD = [panel for panel in PANELS
-          if not all(is_read(panel, condition) for condition in CONDITIONS)]
 
 # ---- Statistics ----------------------------------------------------------------------------------
 class Mean:
@@ -69,7 +56,7 @@ class Mean:
         for the examples' part, weighted by the variances."""
         t, z = stats.t.isf(p / 2, len(SEEDS) - 1), stats.norm.isf(p / 2)
         both = self.by_seeds + self.by_examples
-        return (self.by_seeds * t + self.by_examples * z) / math.sqrt(both) if both else 0.0
+        return (self.by_seeds * t + self.by_examples * z) / math.sqrt(both)
 
     def p(self):
         """Two-sided: the p whose interval ends at 0."""
@@ -82,15 +69,12 @@ class Mean:
 
 def fieller(top, bottom, task):
     """The 95 % interval of mean(top) / mean(bottom), after Fieller: the ratios for which the
-    interval of top - ratio * bottom has 0 in it."""
+    interval of top - ratio * bottom has 0 in it. That of bottom must not have 0 in it."""
     def distance(ratio):
         difference = Mean(top - ratio * bottom, task)
         return abs(difference.mean) - difference.half()
-    ratio, ends = Mean(top, task).mean / Mean(bottom, task).mean, []
-    for far in -SHARE_LIMIT, SHARE_LIMIT:
-        found = distance(far) > 0
-        ends.append(optimize.brentq(distance, ratio, far) if found else far * math.inf)
-    return ratio, *ends
+    ratio = Mean(top, task).mean / Mean(bottom, task).mean
+    return ratio, *(optimize.brentq(distance, ratio, far) for far in (-1e3, 1e3))
 
 def contrast(panel, first, second):
     """Loss and accuracy of one condition minus another's, paired by seed and example, as Mean."""
@@ -106,24 +90,16 @@ def row(*cells):
 
 # ---- Tables --------------------------------------------------------------------------------------
 def main_table():
-    """Loss, accuracy in % and learning rate: of the test sets, or of validation until they are
-    read."""
-    row("validation" if UNREAD else "test", *CONDITIONS)
+    """Test loss, test accuracy in % and learning rate."""
+    row("test", *CONDITIONS)
     row("---", *["---:"] * len(CONDITIONS))
     for panel, (_, task) in PANELS.items():
         cells = []
         for condition in CONDITIONS:
-            lines = [DONE[run] for run in five_runs(panel, condition)]
-            if not lines:
-                cells.append("")
-            elif UNREAD:
-                loss = np.mean([validation_loss(line) for line in lines])
-                accuracy = np.mean([line["validation_accuracy"] or math.nan for line in lines])
-                cells.append(f"{loss:.3f}, {100 * accuracy:.1f}, {lines[0]['lr']}")
-            else:
-                loss, accuracy = (Mean(values(panel, condition, name), task)
-                                  for name in ("loss", "correct"))
-                cells.append(f"{loss.mean:.3f}, {accuracy.text(100, 1, '')}, {lines[0]['lr']}")
+            loss, accuracy = (Mean(values(panel, condition, name), task)
+                              for name in ("loss", "correct"))
+            lr = five_runs(panel, condition)[0].lr
+            cells.append(f"{loss.mean:.3f}, {accuracy.text(100, 1, '')}, {lr}")
         row(panel, *cells)
 
 def pretraining():
@@ -153,11 +129,11 @@ def verdict_t(result):
     names, holds, holding = ["smollm2-cifar", "smollm2-sums", "smollm2-smiles"], 0, True
     # Holm: the smallest p times 3, the next times 2, while they stay below 0.05.
     for rank, panel in enumerate(sorted(names, key=lambda name: result[name][0])):
-        p, gain, better = result[panel]
+        p, gain, _ = result[panel]
         corrected = min(1.0, p * (len(names) - rank))
         holding = holding and corrected < 0.05
-        holds += holding and better and gain >= 1
-        verdict = "holds" if holding and better else "does not hold"
+        holds += holding and gain >= 1
+        verdict = "holds" if holding else "does not hold"
         verdict += "" if gain >= 1 else " (not material)"
         print(f"- T, {panel}: {verdict}, corrected p {corrected:.2g}, {gain:+.1f} points at least.")
     words = ["on speech only, so far", "mixed", "a frozen language model transfers"]
@@ -169,32 +145,32 @@ def verdicts():
     verdict_t(result)
     losses = [contrast("smollm2-speech", "pretrained", other)[0] for other in DRAWN]
     below = sum(loss.mean + loss.half() < 0 for loss in losses)
-    print(f"- **R: {'confirmed' if below == 2 else 'not confirmed'}**: {below} of 2 intervals of "
-          "test loss lie below 0. Beats both, in accuracy too: "
-          f"{'yes' if result['smollm2-speech'][2] else 'no'}.")
+    print(f"- **R, at {'registered' if FIRST else 'chosen'} rates: "
+          f"{'confirmed' if below == 2 else 'not confirmed'}**: {below} of 2 intervals of test loss "
+          f"lie below 0. Beats both: {'yes' if result['smollm2-speech'][2] else 'no'}.")
     for panel in PANELS:
         random, scaled, pretrained = (values(panel, condition, "loss")
                                       for condition in ("random", "scaled", "pretrained"))
-        share = fieller(random - scaled, random - pretrained, PANELS[panel][1])
-        if contrast(panel, "pretrained", "random")[0].mean >= 0 or math.inf in np.abs(share):
+        gain = Mean(random - pretrained, PANELS[panel][1])
+        if gain.mean < gain.half():
             print(f"- S, {panel}: pretrained has no clear gain over random, so no share.")
         else:
+            share = fieller(random - scaled, random - pretrained, PANELS[panel][1])
             words = "mostly size" if share[1] > 0.5 else "not shown to be mostly size"
             words += " (more than all of it)" if share[1] > 1 else ""
             print("- S, {}: scaled has {:.2f} of the gain, {:.2f} to {:.2f}: {}.".format(
                 panel, *share, words))
     for home, away in ("whisper-speech", "smollm2-speech"), ("dinov2-cifar", "smollm2-cifar"):
         verdict_h(home, away, result)
-    for panel in PANELS:
+    for panel in PANELS if not FIRST else ():
         run = equal_time_run(panel, DONE)
-        if run in DONE:
-            first, second = DONE[five_runs(panel, "pretrained")[0]], DONE[run]  # both seed 3
-            holds = (validation_loss(first) < validation_loss(second)
-                     and first["validation_accuracy"] > second["validation_accuracy"])
-            texts = [f"{validation_loss(line):.3f}, {100 * line['validation_accuracy']:.1f} %, "
-                     f"{line['train_seconds']:.0f} s" for line in (first, second)]
-            print(f"- B, {panel}: {'holds' if holds else 'does not hold'}: validation, pretrained "
-                  f"{texts[0]}; no blocks, {run.steps} steps, {texts[1]}.")
+        first, second = DONE[five_runs(panel, "pretrained")[0]], DONE[run]  # both seed 3
+        holds = (first["validation_loss"] < second["validation_loss"]
+                 and first["validation_accuracy"] > second["validation_accuracy"])
+        texts = [f"{line['validation_loss']:.3f}, {100 * line['validation_accuracy']:.1f} %, "
+                 f"{line['train_seconds']:.0f} s" for line in (first, second)]
+        print(f"- B, {panel}: {'holds' if holds else 'does not hold'}: validation, pretrained "
+              f"{texts[0]}; no blocks, {run.steps} steps, {texts[1]}.")
 
 def verdict_h(home, away, result):
     task, more, texts = PANELS[home][1], [], []
@@ -214,6 +190,7 @@ def probe_table():
     row("---", *["---:"] * len(CONDITIONS[1:]))
     for title, name, blocks in (("a block adds", "added", slice(0, 6)),
                                 ("without the first", "added", slice(1, 6)),
+                                ("the last three", "added", slice(3, 6)),
                                 ("entropy", "entropy", slice(0, 6))):
         means = [[np.mean([line[name][blocks] for line in lines
                            if line["condition"] == condition and line["trained"] == trained])
@@ -247,14 +224,10 @@ def draw():
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(ARRAYS_FILE.with_suffix(".svg"), metadata={"Date": None})
 
-if __name__ == "__main__":
-    print(f"Test sets not yet read: {', '.join(UNREAD) or 'none'}.\n")
-    main_table()
-    print()
-    if not UNREAD:
-        verdicts()
-        if not FIRST:
-            draw()
-        print()
-    if PROBE.exists():
-        probe_table()
+main_table()
+print()
+verdicts()
+print()
+probe_table()
+if not FIRST:
+    draw()

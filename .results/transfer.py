@@ -1,14 +1,13 @@
 """Does a frozen pretrained transformer transfer? Six panels, five conditions, five seeds.
 
-    python .results/transfer.py                             # train what is missing, of all panels
-    python .results/transfer.py --panels smollm2-sums       # of this panel only
+    python .results/transfer.py                             # make all runs that are missing
+    python .results/transfer.py --panels smollm2-sums       # those of this panel
     python .results/transfer.py --equal_time                # also: no blocks, as long as pretrained
-    python .results/transfer.py --probe                     # what the blocks do, before and after
     python .results/transfer.py --test                      # read the test sets, of what is trained
 
-Run it from the top folder; figures.py makes tables and figure of what it writes. A finished run is
-a line of .results/transfer.jsonl and is not repeated; several processes share the runs among them
-(OMP_NUM_THREADS=1 gives each a core). Design and hypotheses: .results/README.md.
+Run it from the top folder. It needs data/ and, in cores/, the folders smollm2, whisper and dinov2.
+A finished run is a line of transfer.jsonl and is not repeated; several processes share the runs
+among them (OMP_NUM_THREADS=1 gives each a core). Design and hypotheses: .results/README.md.
 """
 import argparse
 import csv
@@ -16,7 +15,6 @@ import fcntl
 import importlib
 import itertools
 import json
-import math
 import re
 import subprocess
 import sys
@@ -48,25 +46,25 @@ COMPILED = "smollm2-speech", "smollm2-cifar", "dinov2-cifar"  # to save time
 FP32 = "whisper-speech", "smollm2-cifar"  # bf16 takes twice as long on a CPU without AMX
 LAYERS = 6  # Whisper's encoder has no more
 CONDITIONS = ("no blocks", "random", "scaled", "shuffled", "pretrained")
-DRAWN = ("scaled", "shuffled")  # their matrices, for every seed
+DRAWN = ("scaled", "shuffled")  # their matrices are drawn, for each seed
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
 TUNING_SEED, SEEDS = 9, (3, 4, 5, 6, 7)
 LINES, ARRAYS = Path(".results/transfer.jsonl"), Path(".results/transfer.npz")
-PROBE, RUNS = Path(".results/transfer-probe.jsonl"), Path("runs/transfer")
+CORES, RUNS = Path("cores"), Path("runs/transfer")
 Run = namedtuple("Run", "panel condition lr seed steps")
 
 # ---- Cores ---------------------------------------------------------------------------------------
-def core_folder(run, cores):
+def core_folder(run):
     core = PANELS[run.panel][0]
     is_drawn = run.condition in DRAWN
-    return cores / "transfer" / f"{core}-{run.condition}-{run.seed}" if is_drawn else cores / core
+    return CORES / "transfer" / f"{core}-{run.condition}-{run.seed}" if is_drawn else CORES / core
 
-def make_core(run, cores):
+def make_core(run):
     """Write the six blocks of a drawn condition. Biases, norms, positions stay as pretrained."""
-    folder = core_folder(run, cores)
+    folder = core_folder(run)
     if run.condition not in DRAWN or folder.exists():
         return
-    model = AutoModel.from_pretrained(cores / PANELS[run.panel][0], dtype=torch.float32)
+    model = AutoModel.from_pretrained(CORES / PANELS[run.panel][0], dtype=torch.float32)
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     del blocks[LAYERS:]
     for i, p in enumerate(p for p in blocks.parameters() if p.ndim >= 2):
@@ -78,8 +76,7 @@ def make_core(run, cores):
     changes = {"num_hidden_layers": LAYERS}
     if model.config.model_type in fpt.TEXT:  # the embedding is not used, and larger than the blocks
         model.set_input_embeddings(nn.Embedding(1, model.config.hidden_size))
-        changes |= {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None,
-                    "pad_token_id": None}
+        changes |= dict(vocab_size=1, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
@@ -94,16 +91,10 @@ def make_core(run, cores):
 # ---- Which runs ----------------------------------------------------------------------------------
 def finished():
     """{Run: its line}"""
-    done = {}
-    for text in LINES.read_text().splitlines() if LINES.exists() else []:
-        line = json.loads(text)
-        done[Run(*(line[name] for name in Run._fields))] = line
-    return done
+    lines = map(json.loads, LINES.read_text().splitlines() if LINES.exists() else [])
+    return {Run(*(line[name] for name in Run._fields)): line for line in lines}
 
-def validation_loss(line):
-    return math.inf if line["validation_loss"] is None else line["validation_loss"]
-
-def tune(panel, condition, done, is_final=True, low=2, high=5):
+def tune(panel, condition, done, is_final=True):
     """The tuning runs that are missing and, if there are none, the best learning rate. The grid is
     1e-3 to 3e-2 at a quarter of the steps; while an end of it wins, its neighbour is tried, too.
     If is_final, the best rate and the next lower one are then tried at full length."""
@@ -112,19 +103,17 @@ def tune(panel, condition, done, is_final=True, low=2, high=5):
         missing = [run for run in runs if run not in done]
         if missing:
             return missing, None
-        return [], min(runs, key=lambda run: validation_loss(done[run])).lr
+        return [], min(runs, key=lambda run: done[run]["validation_loss"]).lr
 
-    steps = TASKS[PANELS[panel][1]][1]
-    missing, lr = best_of(RATES[low:high + 1], steps // 4)
-    if missing:
-        return missing, None
-    best = RATES.index(lr)
-    wider = max(0, min(low, best - 1)), min(max(high, best + 1), len(RATES) - 1)
-    if wider != (low, high):
-        return tune(panel, condition, done, is_final, *wider)
-    if not is_final:
-        return [], lr
-    return best_of(RATES[max(0, best - 1):best + 1], steps)
+    steps, grid, near = TASKS[PANELS[panel][1]][1], (), RATES[2:6]
+    while not set(near) <= set(grid):
+        grid = [rate for rate in RATES if rate in (*grid, *near)]
+        missing, lr = best_of(grid, steps // 4)
+        if missing:
+            return missing, None
+        best = RATES.index(lr)
+        near = RATES[max(0, best - 1):best + 2]
+    return best_of(RATES[max(0, best - 1):best + 1], steps) if is_final else ([], lr)
 
 def full_runs(panel, condition, done, is_final=True):
     """The five runs that count, or [] while their learning rate is not known. If not is_final,
@@ -155,14 +144,14 @@ def missing_runs(args, done):
 def run_folder(run):
     return RUNS / "-".join(map(str, run)).replace(" ", "-")
 
-def command(run, cores=Path("cores")):
-    is_long = run.steps > TASKS[PANELS[run.panel][1]][1]  # of equal time: may overfit
-    every = run.steps // 10 if is_long else run.steps
+def command(run):
+    script, steps = TASKS[PANELS[run.panel][1]]
+    every = run.steps // 10 if run.steps > steps else run.steps  # of equal time: may overfit
     layers = 0 if run.condition == "no blocks" else LAYERS
     pretrained = 0 if run.condition in ("no blocks", "random") else 1
-    return (f"{TASKS[PANELS[run.panel][1]][0]} --model {core_folder(run, cores)} --layers {layers} "
-            f"--pretrained {pretrained} --pool {POOL.get(run.panel, 'auto')} --lr {run.lr} "
-            f"--seed {run.seed} --steps {run.steps} --eval_every {every} --test 0"
+    return (f"{script} --model {core_folder(run)} --layers {layers} --pretrained {pretrained} "
+            f"--pool {POOL.get(run.panel, 'auto')} --lr {run.lr} --seed {run.seed} "
+            f"--steps {run.steps} --eval_every {every} --test 0"
             + " --compile 1" * (layers > 0 and run.panel in COMPILED)
             + " --amp fp32" * (run.panel in FP32))
 
@@ -171,7 +160,7 @@ def device():
         return torch.cuda.get_device_name()
     return re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
 
-def train(run, args):
+def train(run):
     """Make a run and write its line. Returns False if another process is making it."""
     out = run_folder(run)
     with open(f"{out}.lock", "w") as lock:
@@ -181,45 +170,34 @@ def train(run, args):
             return False
         if run in finished():
             return True
-        make_core(run, args.cores)
-        words = command(run, args.cores)
+        make_core(run)
+        words = command(run).split()
         if (out / "last.pt").exists():  # the other flags come from the checkpoint
-            words = f"{words.split()[0]} --resume 1"
-        words = [sys.executable, *words.split(), "--out", out, "--data", args.data]
+            words = [words[0], "--resume", "1"]
         # The child inherits the lock, so that it holds even if this process is killed.
-        child = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               pass_fds=[lock.fileno()])
-        seconds, result = None, {}
-        if child.returncode == 0:
-            *rows, result = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-            seconds = sum(row["train_seconds"] for row in rows)
-        elif "The loss is not finite" not in child.stdout:  # if it is, null: the rate is too high
+        child = subprocess.run([sys.executable, *words, "--out", out], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, pass_fds=[lock.fileno()])
+        if child.returncode:
             sys.exit(f"{run}:\n{child.stdout[-3000:]}")
+        *rows, result = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         names = "validation_loss", "validation_accuracy", "trainable_parameters", "amp"
-        line = run._asdict() | {name: result.get(name) for name in names} | {
-            "train_seconds": seconds, "device": device(),
+        line = run._asdict() | {name: result[name] for name in names} | {
+            "train_seconds": sum(row["train_seconds"] for row in rows), "device": device(),
             "date": time.strftime("%Y-%m-%d"), "command": command(run),
             "commit": subprocess.getoutput("git describe --always --dirty")}
-        # Intervals do not cover what processors make of bf16. A diverged run has no precision.
-        machines = {(one["amp"], one["device"] if one["amp"] == "bf16" else "any processor")
-                    for one in (*finished().values(), line)
-                    if one["panel"] == run.panel and one["seed"] in SEEDS and one["amp"]}
-        if len(machines) > 1:
-            sys.exit(f"{run}, not written: {run.panel} has runs of {machines}")
         with open(LINES, "a") as file:
             file.write(json.dumps(line) + "\n")
         print(time.strftime("%H:%M"), *run, line["validation_loss"], flush=True)
         return True
 
-# ---- After training ------------------------------------------------------------------------------
-def build(run, args, is_trained=True):
+# ---- Test sets -----------------------------------------------------------------------------------
+def build(run, is_trained=True):
     """A run's model and data, which the main() of its script gives to fpt.fit()."""
-    make_core(run, args.cores)
-    script, *words = command(run, args.cores).split()
+    make_core(run)
+    script, *words = command(run).split()
     if is_trained:  # the other flags come from the checkpoint
-        words = ["--model", str(core_folder(run, args.cores)),
-                 "--eval", f"{run_folder(run)}/best.pt"]
-    sys.argv = [script, *words, "--data", args.data]
+        words = ["--model", str(core_folder(run)), "--eval", f"{run_folder(run)}/best.pt"]
+    sys.argv = [script, *words]
     module = importlib.import_module(script.removesuffix(".py"))
     fpt.fit = lambda *given, **more: given
     flags, model, batch, labels = module.main(fpt.parse(module.parser))[:4]
@@ -228,55 +206,51 @@ def build(run, args, is_trained=True):
         fpt.load_checkpoint(flags.eval, model, checks)
     return flags, model, batch, labels
 
-def read_test(args, done):
-    """Read the test sets with every condition that is trained, each only once: losses and correct
-    answers (1, not 0), float32 [seeds + examples]: the mean of each seed over the examples, then
-    that of each example over the seeds. Figures need no more."""
+def read_test(panels, done):
+    """Evaluate every condition that is trained on its test set, once. Kept are the losses and the
+    correct answers (1 or 0), float32 [seeds + examples]: the mean of each seed over the examples,
+    then that of each example over the seeds. figures.py needs no more."""
     arrays = dict(np.load(ARRAYS)) if ARRAYS.exists() else {}
-    for panel, condition, is_final in itertools.product(args.panels, CONDITIONS, (True, False)):
+    for panel, condition, is_final in itertools.product(panels, CONDITIONS, (True, False)):
         runs = full_runs(panel, condition, done, is_final)
-        if not runs or any(run not in done for run in runs):
-            continue
-        name = array_name(runs[0])
-        if f"{name}/loss" in arrays:
+        if (not runs or any(run not in done for run in runs)
+                or f"{array_name(runs[0])}/loss" in arrays):
             continue
         losses, correct = [], []  # of each seed
+        def keep(outputs, targets):
+            losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu().numpy())
+            correct.append((outputs.argmax(1) == targets).float().cpu().numpy())
+            return {"majority": (targets == targets.mode().values).float().mean()}
         for run in runs:
-            flags, model, batch, labels = build(run, args)
-            both = []
-            fpt.evaluate(flags, model, batch, "test", {"test": [len(labels["test"])]},
-                         F.cross_entropy, lambda *given: both.extend(given) or {})
-            outputs, targets = both
-            losses.append(F.cross_entropy(outputs, targets, reduction="none").cpu())
-            correct.append((outputs.argmax(1) == targets).float().cpu())
-        arrays[f"{name}/loss"] = means(torch.stack(losses).numpy())
-        arrays[f"{name}/correct"] = means(torch.stack(correct).numpy())
+            flags, model, batch, labels = build(run)
+            sizes = {"test": [len(labels["test"])]}
+            row = fpt.evaluate(flags, model, batch, "test", sizes, F.cross_entropy, keep)
+        for name, values in ("loss", np.stack(losses)), ("correct", np.stack(correct)):
+            by_example = values.mean(0).round(3)  # rounded, the file is smaller
+            arrays[f"{array_name(runs[0])}/{name}"] = np.append(values.mean(1), by_example)
         task = PANELS[panel][1]
-        arrays[f"{task}/majority"] = (targets == targets.mode().values).float().mean().cpu()
-        arrays[f"{task}/groups"] = groups(task, labels["test"].tolist(), args.data)
+        arrays[f"{task}/majority"] = np.float32(row["test_majority"])
+        arrays[f"{task}/groups"] = groups(task, labels["test"].tolist())
         temporary = ARRAYS.with_name("unfinished.npz")
         np.savez_compressed(temporary, **arrays)
         temporary.rename(ARRAYS)
-        print(time.strftime("%H:%M"), name, "is read", flush=True)
+        print(time.strftime("%H:%M"), array_name(runs[0]), "is read", flush=True)
 
 def array_name(run):  # the same for the five seeds
     return f"{run.panel}/{run.condition}/{run.lr}"
 
-def means(values):  # [seeds, examples] -> [seeds + examples]; rounded, the file is smaller
-    return np.concatenate([values.mean(1), values.mean(0).round(3)])
-
-def groups(task, labels, folder):
+def groups(task, labels):
     """Which test examples belong together, int16 [examples]: the clips of a speaker, the molecules
-    of a scaffold; in the order of the loaders, which the labels confirm."""
+    of a scaffold; in the order of the loaders, checked against the labels."""
     if task == "speech":
-        root = Path(folder, "SpeechCommands", "speech_commands_v0.02")
+        root = Path("data/SpeechCommands/speech_commands_v0.02")
         clips = sorted((root / "testing_list.txt").read_text().split())
         clips = [re.split("[/_]", clip)[:2] for clip in clips if (root / clip).exists()]
         words, names = zip(*clips)
         ours = np.unique(words, return_inverse=True)[1].tolist()
     elif task == "smiles":
         from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
-        with open(Path(folder, "cyp3a4_veith.tab"), newline="", encoding="utf-8") as file:
+        with open("data/cyp3a4_veith.tab", newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file, delimiter="\t"))
         smiles = [row["Drug"].strip() for row in table]
         scaffolds = [MurckoScaffoldSmiles(one, includeChirality=False) for one in smiles]
@@ -290,55 +264,18 @@ def groups(task, labels, folder):
         sys.exit(f"The test set of {task} has another order in data.py than here")
     return np.unique(names, return_inverse=True)[1].astype(np.int16)
 
-@torch.no_grad()
-def probe(args, done):
-    """What the blocks of SmolLM2 do with 64 validation clips. added: the norm of what a block adds
-    to its input, relative to it; entropy: that of its attention, relative to uniform attention to
-    the tokens it may see. Means over tokens and heads, for each block; the table averages."""
-    for condition in CONDITIONS[1:]:
-        for run in full_runs("smollm2-speech", condition, done):
-            for is_trained in 0, 1:
-                _, model, batch, labels = build(run, args, is_trained)
-                added, entropy = [], []
-
-                def read_block(block, inputs, output):
-                    x, y = inputs[0], output if torch.is_tensor(output) else output[0]
-                    added.append(((y - x).norm(dim=2) / x.norm(dim=2)).mean().item())
-
-                def read_attention(attention, inputs, output):
-                    p = output[1].float()[:, :, 1:]  # [batch, heads, time - 1, time]: the first
-                    seen = torch.arange(2, p.shape[3] + 1, device=p.device)  # token sees itself
-                    entropy.append((torch.special.entr(p).sum(3) / seen.log()).mean().item())
-
-                for block in model.core.model.layers:
-                    block.register_forward_hook(read_block)
-                    block.self_attn.register_forward_hook(read_attention)
-                count = len(labels["validation"])  # clips are sorted by word: take every n-th
-                tokens, lengths, _ = batch("validation", torch.arange(64) * count // 64)
-                with model.autocast:
-                    model(tokens, lengths)
-                line = {"condition": condition, "seed": run.seed, "trained": is_trained,
-                        "added": added, "entropy": entropy}  # of each block
-                with open(PROBE, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-
 def main():
     parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=fpt.HelpFormatter)
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=list(PANELS), help="which")
-    parser.add_argument("--data", default="data", help="folder of the data sets")
-    parser.add_argument("--cores", type=Path, default="cores", help="folder of the cores")
     parser.add_argument("--equal_time", action="store_true", help="also the runs of hypothesis B")
-    parser.add_argument("--probe", action="store_true", help="measure what SmolLM2's blocks do")
     parser.add_argument("--test", action="store_true", help="read the test sets, once each")
     args = parser.parse_args()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    if args.probe:
-        return probe(args, finished())
     if args.test:
-        return read_test(args, finished())
+        return read_test(args.panels, finished())
+    RUNS.mkdir(parents=True, exist_ok=True)
     while runs := missing_runs(args, finished()):
         # The first that no other process is making; then look again, for tuning may be complete.
-        if not any(train(run, args) for run in runs):
+        if not any(train(run) for run in runs):
             time.sleep(5)
 
 if __name__ == "__main__":
