@@ -15,6 +15,7 @@ import fcntl
 import importlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -177,11 +178,13 @@ def train(run):
         # The child inherits the lock, so that it holds even if this process is killed.
         child = subprocess.run([sys.executable, *words, "--out", out], stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, pass_fds=[lock.fileno()])
-        if child.returncode:
+        rows, result = [], {"validation_loss": math.inf}
+        if child.returncode == 0:
+            *rows, result = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        elif "The loss is not finite" not in child.stdout:  # if it is, the learning rate is too high
             sys.exit(f"{run}:\n{child.stdout[-3000:]}")
-        *rows, result = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         names = "validation_loss", "validation_accuracy", "trainable_parameters", "amp"
-        line = run._asdict() | {name: result[name] for name in names} | {
+        line = run._asdict() | {name: result.get(name) for name in names} | {
             "train_seconds": sum(row["train_seconds"] for row in rows), "device": device(),
             "date": time.strftime("%Y-%m-%d"), "command": command(run),
             "commit": subprocess.getoutput("git describe --always --dirty")}
