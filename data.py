@@ -119,7 +119,8 @@ def speech_commands(folder, demo=False):
         tones = 100 * np.sin(np.outer(1200 * 1.5 ** np.arange(6), np.linspace(0, 1, SPEECH_RATE)))
         return demo_splits(tones, np.int16) | {"words": list("abcdef")}
     root = Path(folder) / "SpeechCommands" / "speech_commands_v0.02"
-    with exit_if_unreadable(root, f"put {root.name}.tar.gz into {folder}, or use --demo 1"):
+    url = f"http://download.tensorflow.org/data/{root.name}.tar.gz"
+    with exit_if_unreadable(root, f"put {url} into {folder}, or use --demo 1"):
         os.makedirs(folder, exist_ok=True)
         SPEECHCOMMANDS(folder, download=True)
         paths = root.glob("[!._]*/[!.]*.wav")  # neither background noise nor hidden files
