@@ -227,7 +227,7 @@ def draw():
 main_table()
 print()
 verdicts()
-print()
-probe_table()
 if not FIRST:
+    print()
+    probe_table()
     draw()
